@@ -1,0 +1,167 @@
+"""Dense matrix -> :class:`QuantizedTensor`: choosing scales, codes and, where the codebook is fitted, levels.
+
+Every step after the first minimises the same squared error over one of its arguments and keeps the others: codes given
+scales (nearest level), scale given codes (least squares), levels given codes and scales (least squares, Lloyd 1982).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loftq import kernels
+from loftq.codec import codebook as codebooks
+from loftq.codec.packing import pack
+from loftq.codec.qtensor import QuantizedTensor
+from loftq.codec.scales import DTYPES, double_dequantize, double_quantize
+from loftq.config import QuantSpec
+from loftq.errors import WeightError
+
+# Shrink factors of the absmax scale that the search tries, (lowest, count); the highest is 1. The fewer the bits, the
+# further the best clipping point lies below the largest element.
+_FACTORS = {2: (0.30, 8), 3: (0.50, 8), 4: (0.65, 8), 8: (0.92, 3)}
+
+# Largest magnitudes outside this range are first scaled by a power of two, so that scales fit float16 and squares
+# float32; the power goes into the codebook.
+_COMFORTABLE = (2.0**-6, 2.0**12)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what cannot be quantized.
+
+    Raises:
+        WeightError: not a floating (out, in) matrix, empty, or with NaN or infinite elements.
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise WeightError(f"weight is {got}, expected a floating-point matrix (out_features, in_features)")
+    if weight.numel() == 0:
+        raise WeightError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
+    finite = torch.isfinite(weight)
+    if not finite.all():
+        nan = int(weight.isnan().sum())
+        infinite = int((~finite).sum()) - nan
+        raise WeightError(
+            f"weight of shape {tuple(weight.shape)} has {nan} NaN and {infinite} infinite elements, expected finite "
+            f"numbers; check the source checkpoint"
+        )
+
+
+def _block_extreme(weight: Tensor, block_size: int, reduce: str) -> Tensor:
+    """(rows, blocks) ``amin`` or ``amax`` of each block; the last block of a row may be shorter."""
+    rows, n = weight.shape
+    whole = n - n % block_size
+    parts = []
+    if whole:
+        parts.append(getattr(weight[:, :whole].reshape(rows, -1, block_size), reduce)(-1))
+    if whole < n:
+        parts.append(getattr(weight[:, whole:], reduce)(-1, keepdim=True))
+    return torch.cat(parts, 1)
+
+
+def block_absmax(weight: Tensor, block_size: int) -> Tensor:
+    """(rows, blocks) largest magnitude of each block."""
+    return torch.maximum(_block_extreme(weight, block_size, "amax"), -_block_extreme(weight, block_size, "amin"))
+
+
+def _search_factors(spec: QuantSpec, device: torch.device) -> Tensor:
+    lowest, count = _FACTORS[spec.bits]
+    factors = torch.linspace(lowest, 1.0, count)
+    # A negative scale mirrors the codebook: a free choice per block where the codebook is not its own mirror image.
+    # Not with double quantization, which codes scales around their mean and needs them close together.
+    if spec.codebook in ("nf", "lloyd") and not spec.double_quant:
+        factors = torch.cat([factors, -factors])
+    return factors.to(device)
+
+
+def _fit_scales(weight: Tensor, spec: QuantSpec, levels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """float32 (scale, zero) of every block for the given levels."""
+    factors = _search_factors(spec, weight.device)
+    borders = codebooks.thresholds(levels)
+    if spec.codebook == "uniform":
+        if spec.scale == "search":
+            return kernels.search_affine(weight, levels, borders, factors, 2, spec.block_size)
+        low = _block_extreme(weight, spec.block_size, "amin")
+        high = _block_extreme(weight, spec.block_size, "amax")
+        scale = (high - low) / levels[-1]
+        constant = scale == 0
+        return torch.where(constant, low.abs(), scale), torch.where(constant, low.sign(), low / scale)
+    if spec.scale == "absmax":
+        return block_absmax(weight, spec.block_size) / levels.abs().max(), None
+    return kernels.search_scale(weight, levels, borders, factors, 1, spec.block_size), None
+
+
+def _refit_levels(weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    """Least squares of each level given codes and scales; a level without elements stays."""
+    num, den = kernels.level_moments(weight, scale, codes, levels.numel(), block_size)
+    fitted = torch.where(den > 0, num / den.clamp_min(1e-300), levels.double()).float()
+    return fitted if bool((fitted[1:] >= fitted[:-1]).all()) else levels
+
+
+def _normalised(levels: Tensor) -> Tensor:
+    return levels / levels.abs().max()
+
+
+def _learn_levels(weight: Tensor, spec: QuantSpec, levels: Tensor, rounds: int) -> Tensor:
+    """Alternate scales, codes and levels; the result is scaled to a largest magnitude of 1."""
+    for _ in range(rounds):
+        scale, _ = _fit_scales(weight, spec, levels)
+        codes = kernels.encode(weight, scale, None, levels, codebooks.thresholds(levels), spec.block_size)
+        levels = _normalised(_refit_levels(weight, scale, codes, levels, spec.block_size))
+    return levels
+
+
+def quantize(weight: Tensor, spec: QuantSpec, *, levels: Tensor | None = None) -> QuantizedTensor:
+    """Quantize a matrix: codes are the nearest levels under the scales as they are stored.
+
+    Args:
+        weight: (out, in), any floating dtype, any device; computed in float32.
+        spec: how to store it.
+        levels: where fitting a ``lloyd`` codebook starts (an earlier result for a similar matrix); ignored otherwise.
+
+    Raises:
+        WeightError: see :func:`check_weight`.
+    """
+    check_weight(weight)
+    return quantize_checked(weight.detach().float().contiguous(), spec, levels)
+
+
+def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> QuantizedTensor:
+    """:func:`quantize` for a contiguous float32 matrix that is known to be finite."""
+    low, high = weight.aminmax()
+    largest = max(-float(low), float(high))
+    gain = 1.0
+    if largest > 0 and not _COMFORTABLE[0] <= largest <= _COMFORTABLE[1]:
+        # the affine codebook's levels reach 2^bits: leave them room below float32's largest number
+        gain = 2.0 ** (math.frexp(largest)[1] - 1 - (spec.bits if spec.codebook == "uniform" else 0))
+        weight = (weight.double() / gain).float()
+
+    if spec.codebook != "lloyd":
+        levels = codebooks.codebook(spec.codebook, spec.bits, weight.device)
+    elif levels is None:
+        levels = _learn_levels(weight, spec, codebooks.codebook("lloyd", spec.bits, weight.device), rounds=2)
+    else:
+        levels = _normalised(levels.to(weight.device))
+
+    scale, zero = _fit_scales(weight, spec, levels)
+    tensors: dict[str, Tensor] = {}
+    if spec.double_quant:
+        packed_scale = double_quantize(scale)
+        tensors["weight_scale"], tensors["weight_scale_absmax"], tensors["weight_scale_offset"] = packed_scale
+        stored = double_dequantize(*packed_scale)
+    else:
+        tensors["weight_scale"] = scale.to(DTYPES[spec.scale_dtype])
+        stored = tensors["weight_scale"].float()
+    if zero is not None:
+        tensors["weight_zero"] = zero.to(DTYPES[spec.scale_dtype])
+        zero = tensors["weight_zero"].float()
+
+    codes = kernels.encode(weight, stored, zero, levels, codebooks.thresholds(levels), spec.block_size)
+    if spec.codebook == "lloyd":
+        levels = _refit_levels(weight, stored, codes, levels, spec.block_size)
+        codes = kernels.encode(weight, stored, zero, levels, codebooks.thresholds(levels), spec.block_size)
+    tensors["weight"] = pack(codes, spec.bits)
+    tensors["weight_codebook"] = levels * gain
+    return QuantizedTensor(tensors, spec, (weight.shape[0], weight.shape[1]))

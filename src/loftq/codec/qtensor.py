@@ -1,0 +1,142 @@
+"""A quantized matrix: packed codes, scales and codebook, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loftq import kernels
+from loftq.codec import packing
+from loftq.codec.scales import DTYPES, GROUP, double_dequantize
+from loftq.config import QuantSpec
+from loftq.errors import WeightError
+
+
+class TensorInfo(NamedTuple):
+    """Dtype and shape of a tensor that need not exist yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of the tensors that a (out, in) matrix is stored in; names as in a state dict."""
+    out_features, in_features = shape
+    blocks = -(-in_features // spec.block_size)
+    scale_dtype = DTYPES[spec.scale_dtype]
+    layout = {
+        "weight": TensorInfo(torch.uint8, (out_features, packing.packed_row_bytes(in_features, spec.bits))),
+        "weight_codebook": TensorInfo(torch.float32, (2**spec.bits,)),
+        "weight_scale": TensorInfo(torch.uint8 if spec.double_quant else scale_dtype, (out_features, blocks)),
+    }
+    if spec.codebook == "uniform":
+        layout["weight_zero"] = TensorInfo(scale_dtype, (out_features, blocks))
+    if spec.double_quant:
+        layout["weight_scale_absmax"] = TensorInfo(torch.float32, (-(-out_features * blocks // GROUP),))
+        layout["weight_scale_offset"] = TensorInfo(torch.float32, ())
+    return layout
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """W (out, in) stored as ``scale * (codebook[code] + zero * codebook[1])``, one scale and zero a block of a row.
+
+    ``tensors`` holds exactly what :func:`storage_layout` lists. ``zero`` exists for the affine ``uniform`` codebook
+    only, in units of its step ``codebook[1]``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    spec: QuantSpec
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        expected = storage_layout(self.spec, self.shape)
+        problems = [f"{name} is missing" for name in expected if name not in self.tensors]
+        problems += [f"{name} is unexpected" for name in self.tensors if name not in expected]
+        problems += [
+            f"{name} is {t.dtype} {tuple(t.shape)}, expected {expected[name].dtype} {expected[name].shape}"
+            for name, t in self.tensors.items()
+            if name in expected and (t.dtype, tuple(t.shape)) != expected[name]
+        ]
+        if problems:
+            raise WeightError(f"tensors do not form a {self.shape} matrix of {self.spec}: {'; '.join(problems)}")
+
+    def scale(self) -> Tensor:
+        """(out, blocks) float32 scales, as stored."""
+        return stored_scale(self.tensors)
+
+    def zero(self) -> Tensor | None:
+        """(out, blocks) float32 zero points in units of the codebook's step, for the affine codebook only."""
+        zero = self.tensors.get("weight_zero")
+        return None if zero is None else zero.float()
+
+    def codes(self) -> Tensor:
+        """(out, in) uint8 codes."""
+        return packing.unpack(self.tensors["weight"], self.spec.bits, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense (out, in) matrix."""
+        return dequantize_stored(self.tensors, self.spec, self.shape[1], dtype)
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The stored tensors under ``prefix`` (``"model.layer."`` gives ``model.layer.weight`` and so on)."""
+        return {prefix + name: tensor for name, tensor in self.tensors.items()}
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int], prefix: str = ""
+    ) -> QuantizedTensor:
+        """The inverse of :meth:`state_dict`; ignores what does not belong to this matrix.
+
+        Raises:
+            WeightError: if a tensor is missing or has another dtype or shape.
+        """
+        names = storage_layout(spec, shape)
+        return cls({n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, spec, shape)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        return QuantizedTensor({n: t.to(device) for n, t in self.tensors.items()}, self.spec, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes: codes, scales, zeros and codebook."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured from stored bytes."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+
+def stored_scale(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(out, blocks) float32 scales from a matrix's stored tensors."""
+    scale = tensors["weight_scale"]
+    if "weight_scale_absmax" in tensors:
+        return double_dequantize(scale, tensors["weight_scale_absmax"], tensors["weight_scale_offset"])
+    return scale.float()
+
+
+def dequantize_stored(
+    tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The dense matrix from its stored tensors."""
+    zero = tensors.get("weight_zero")
+    return kernels.dequantize(
+        tensors["weight"],
+        stored_scale(tensors),
+        tensors["weight_codebook"],
+        None if zero is None else zero.float(),
+        spec.bits,
+        spec.block_size,
+        in_features,
+        dtype,
+    )

@@ -1,0 +1,148 @@
+"""Every kernel in plain torch, for any device: the definition that the compiled loops are tested against."""
+
+import torch
+from torch import Tensor
+
+
+def packed_row_bytes(in_features: int, bits: int) -> int:
+    """Bytes of one packed row: ceil(in_features * bits / 8)."""
+    return -(-in_features * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) uint8 codes -> (rows, ceil(n * bits / 8)) uint8, little-endian bit stream a row."""
+    rows, n = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -n % 8)).view(rows, -1, 8).to(torch.int64)
+    shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
+    words = (padded << shifts).sum(-1) if bits < 8 else None
+    if words is None:
+        return codes.clone()
+    byte_shifts = torch.arange(0, 8 * bits, 8, device=codes.device)
+    packed = ((words.unsqueeze(-1) >> byte_shifts) & 255).to(torch.uint8).view(rows, -1)
+    return packed[:, : packed_row_bytes(n, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """The inverse of :func:`pack`."""
+    if bits == 8:
+        return packed[:, :in_features].clone()
+    rows = packed.shape[0]
+    groups = -(-in_features // 8)
+    padded = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[1])).view(rows, groups, bits)
+    byte_shifts = torch.arange(0, 8 * bits, 8, device=packed.device)
+    words = (padded.to(torch.int64) << byte_shifts).sum(-1)
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
+    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).view(rows, -1)[:, :in_features].contiguous()
+
+
+def _spread(per_block: Tensor, block_size: int, in_features: int) -> Tensor:
+    """(rows, blocks) -> (rows, in_features), each block's number repeated over its elements."""
+    return per_block.repeat_interleave(block_size, dim=1)[:, :in_features]
+
+
+def _blocks(weight: Tensor, block_size: int) -> Tensor:
+    """(rows, in) -> (rows, blocks, block_size), the last block filled with NaN where the row does not divide."""
+    rows, n = weight.shape
+    return torch.nn.functional.pad(weight, (0, -n % block_size), value=float("nan")).view(rows, -1, block_size)
+
+
+def dequantize(
+    packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int, in_features: int
+) -> Tensor:
+    """value = scale * (codebook[code] + zero * codebook[1]), float32 (rows, in_features)."""
+    value = codebook[unpack(packed, bits, in_features).long()]
+    if zero is not None:
+        value = value + _spread(zero * codebook[1], block_size, in_features)
+    return value * _spread(scale, block_size, in_features)
+
+
+def _nearest(x: Tensor, thresholds: Tensor) -> Tensor:
+    return torch.bucketize(x, thresholds)
+
+
+def encode(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, codebook: Tensor, thresholds: Tensor, block_size: int
+) -> Tensor:
+    n = weight.shape[1]
+    spread = _spread(scale, block_size, n)
+    x = weight / spread
+    if zero is not None:
+        x = x - _spread(zero * codebook[1], block_size, n)
+    middle = codebook.abs().argmin()
+    codes = _nearest(x.contiguous(), thresholds)
+    return torch.where(spread == 0, middle, codes).to(torch.uint8)
+
+
+def search_scale(
+    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+) -> Tensor:
+    blocks = _blocks(weight, block_size)
+    valid = ~blocks.isnan()
+    blocks = blocks.nan_to_num(0.0)
+    start_scale = blocks.abs().amax(-1) / codebook.abs().max()
+
+    def fit(candidate: Tensor) -> tuple[Tensor, Tensor]:
+        levels = codebook[_nearest((blocks * (1 / candidate).unsqueeze(-1)).contiguous(), thresholds)] * valid
+        return (blocks * levels).sum(-1), (levels * levels).sum(-1)
+
+    best, best_score = start_scale.clone(), torch.full_like(start_scale, -1.0)
+    for factor in factors:
+        num, den = fit(start_scale * factor)
+        better = (den > 0) & (num * num > best_score * den)
+        best_score = torch.where(better, num * num / den, best_score)
+        best = torch.where(better, num / den, best)
+    for _ in range(refine):
+        num, den = fit(best)
+        best = torch.where((den > 0) & (best != 0), num / den, best)
+    return torch.where(start_scale == 0, start_scale, best)
+
+
+def search_affine(
+    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(weight, block_size)
+    valid = ~blocks.isnan()
+    count = valid.sum(-1)
+    low = blocks.nan_to_num(float("inf")).amin(-1)
+    high = blocks.nan_to_num(float("-inf")).amax(-1)
+    blocks = blocks.nan_to_num(0.0)
+    middle = (high + low) * 0.5
+    span = codebook[-1]
+
+    def fit(slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = (blocks - offset.unsqueeze(-1)) * (1 / slope).unsqueeze(-1)
+        levels = codebook[_nearest(x.contiguous(), thresholds)] * valid
+        mean_level, mean = levels.sum(-1) / count, blocks.sum(-1) / count
+        centred = (levels - mean_level.unsqueeze(-1)) * valid
+        num = ((blocks - mean.unsqueeze(-1)) * centred).sum(-1)
+        den = (centred * centred).sum(-1)
+        slope = torch.where(den > 0, num / den, torch.zeros_like(num))
+        return slope, mean - slope * mean_level, num * slope
+
+    slope, offset = torch.zeros_like(middle), middle
+    score = torch.full_like(middle, -1.0)
+    for factor in factors:
+        start = (high - low) * factor / span
+        s, o, explained = fit(start, middle - start * span * 0.5)
+        better = (s > 0) & (explained > score)
+        slope, offset, score = (torch.where(better, a, b) for a, b in ((s, slope), (o, offset), (explained, score)))
+    for _ in range(refine):
+        s, o, explained = fit(slope, offset)
+        better = (s > 0) & (explained >= score) & (slope > 0)
+        slope, offset, score = (torch.where(better, a, b) for a, b in ((s, slope), (o, offset), (explained, score)))
+    constant = high == low
+    scale = torch.where(constant, low.abs() / codebook[1], slope)
+    zero = torch.where(constant, low.sign(), offset / (slope * codebook[1]))
+    return scale, zero
+
+
+def level_moments(weight: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """For each level k: sum of scale * w and sum of scale^2 over the elements with code k, float64."""
+    spread = _spread(scale, block_size, weight.shape[1]).double()
+    index = codes.long().flatten()
+    num = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+    den = torch.zeros_like(num)
+    num.index_add_(0, index, (spread * weight.double()).flatten())
+    den.index_add_(0, index, (spread * spread).flatten())
+    return num, den

@@ -1,0 +1,52 @@
+"""Row-parallel execution of compiled loops that release the GIL.
+
+A pool of our own rather than numba's: numba's default threading layer aborts the process on concurrent calls,
+and its OpenMP layer on a fork, and both happen under a DataLoader. The number of threads follows torch's.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+
+# Below this many elements the hand-over to another thread costs more than the loop.
+_MIN_ELEMENTS_PER_THREAD = 1 << 15
+
+
+def _get_pool(size: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    if _pool is None or _pool_size < size:
+        _pool = ThreadPoolExecutor(size, thread_name_prefix="loftq")
+        _pool_size = size
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_size
+    _pool, _pool_size = None, 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
+
+
+def for_rows(loop: Callable[..., Any], rows: int, elements: int, *args: Any) -> None:
+    """Call ``loop(first_row, last_row, *args)`` on chunks that cover ``range(rows)``, in parallel.
+
+    Each row must be independent of the others, so that the result does not depend on the number of threads.
+    """
+    threads = max(1, min(torch.get_num_threads(), elements // _MIN_ELEMENTS_PER_THREAD, rows))
+    if threads == 1:
+        loop(0, rows, *args)
+        return
+    edges = [rows * i // threads for i in range(threads + 1)]
+    pool = _get_pool(threads - 1)
+    pending = [pool.submit(loop, edges[i], edges[i + 1], *args) for i in range(1, threads)]
+    loop(edges[0], edges[1], *args)
+    for future in pending:
+        future.result()
