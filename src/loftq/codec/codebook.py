@@ -110,7 +110,7 @@ def _dynamic_map() -> np.ndarray:
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The (256,) signed 8-bit code for scales: for e = 0..6, 2^e fractions between 0.1 and 1 times 10^(e-6), both signs.
+    """The (256,) signed 8-bit code for scales: for e = 0..6, 2^e fractions of 10^(e-6) between 0.1 and 1, both signs.
 
     Source: Dettmers 2016 (arXiv 1511.04561), "dynamic tree quantization", as QLoRA uses it for its second quantization.
     """

@@ -1,15 +1,16 @@
 """Compiled CPU loops that choose codes and scales block by block. Written so that the inner loop over a block's
 elements vectorises: the nearest level is found by counting the thresholds an element exceeds, one threshold at a time.
 
-A block w is represented as ``scale * (codebook[codes] + zero * codebook[1])``. For fixed codes the squared error is quadratic in
-the scale, so for every candidate scale the loop accumulates ``num = <w, q>`` and ``den = <q, q>``: the best scale for
-those codes is ``num / den`` and explains ``num^2 / den`` of the block's energy. The candidate that explains most wins.
+A block w is represented as ``scale * (codebook[codes] + zero * codebook[1])``. For fixed codes the squared error is
+quadratic in the scale, so for every candidate scale the loop accumulates ``num = <w, q>`` and ``den = <q, q>``: the best
+scale for those codes is ``num / den`` and explains ``num^2 / den`` of the block's energy. The candidate that explains
+most wins.
 """
 
 import numba
 import numpy as np
 
-_OPTIONS = dict(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 @numba.njit(inline="always")

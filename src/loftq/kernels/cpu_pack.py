@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-_OPTIONS = dict(nogil=True, cache=True, error_model="numpy")
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @numba.njit(**_OPTIONS)

@@ -7,7 +7,7 @@ holds a multiple of eight codes, so every block starts at a byte boundary as wel
 import numba
 import numpy as np
 
-_OPTIONS = dict(nogil=True, cache=True, error_model="numpy")
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @numba.njit(inline="always")

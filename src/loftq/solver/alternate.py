@@ -113,7 +113,8 @@ def decompose(
     if chosen.svd_first:
         residual = weight  # Q_0 = 0
     for step in range(1, steps + 1):
-        lowrank = truncated_svd(residual, fit_rank, method=svd, basis=lowrank and lowrank.basis, seed=seed)
+        basis = None if lowrank is None else lowrank.basis
+        lowrank = truncated_svd(residual, fit_rank, method=svd, basis=basis, seed=seed)
         target = torch.addmm(weight, lowrank.U * lowrank.S, lowrank.Vh, alpha=-1)  # W - L
         if chosen.svd_first:
             quantized = quantize_checked(target, spec, quantized.tensors["weight_codebook"])
