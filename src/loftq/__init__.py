@@ -1,0 +1,78 @@
+"""loftq: quantized LoRA fine-tuning that starts where the original model was.
+
+``import loftq`` registers ``quant_method: loftq`` with transformers, so that its folders load like any other.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from loftq.config import PUBLISHED, LoftQConfig, QuantSpec
+from loftq.errors import (
+    BackboneMismatchError,
+    ConfigError,
+    LoftQError,
+    OutputError,
+    SourceError,
+    WeightError,
+)
+from loftq.hub.registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from loftq.codec import QuantizedTensor
+    from loftq.export.dense import export_dense
+    from loftq.hub.load import load
+    from loftq.modules import QuantEmbedding, QuantLinear
+    from loftq.pipeline import quantize_checkpoint, quantize_model
+    from loftq.report.record import QuantizationReport
+    from loftq.solver import Decomposition, decompose
+
+try:
+    __version__ = version("loftq")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0.0.0"
+
+# Name -> module that defines it, imported when first used: `loftq --help` must not wait for torch.
+_LAZY = {
+    "Decomposition": "loftq.solver",
+    "QuantEmbedding": "loftq.modules",
+    "QuantLinear": "loftq.modules",
+    "QuantizationReport": "loftq.report.record",
+    "QuantizedTensor": "loftq.codec",
+    "decompose": "loftq.solver",
+    "export_dense": "loftq.export.dense",
+    "load": "loftq.hub.load",
+    "quantize_checkpoint": "loftq.pipeline",
+    "quantize_model": "loftq.pipeline",
+}
+
+__all__ = [
+    "BackboneMismatchError",
+    "ConfigError",
+    "LoftQConfig",
+    "LoftQError",
+    "OutputError",
+    "PUBLISHED",
+    "QuantSpec",
+    "SourceError",
+    "WeightError",
+    "__version__",
+    *_LAZY,
+]
+
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'loftq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

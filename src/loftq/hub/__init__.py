@@ -1,0 +1,1 @@
+"""How quantized models meet transformers and PEFT."""

@@ -1,0 +1,423 @@
+"""A .gguf file read one tensor at a time, as the Hugging Face checkpoint it was converted from.
+
+Three sources of knowledge, none of them repeated here: the ``gguf`` package knows the block formats, transformers knows
+how the metadata becomes a configuration and how each architecture's tensors were renamed and rearranged, and the model
+built on the meta device says which parameters there must be. This module only reads the file's table of contents and
+puts the three together for a single tensor, where transformers itself would dequantize the whole file.
+
+transformers 5 has two sets of rules and is moving from the first to the second: tensor processors on numpy arrays
+(``modeling_gguf_pytorch_utils``), and weight converters (``integrations.gguf``) for the architectures listed there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+import struct
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loftq.codec.qtensor import TensorInfo
+from loftq.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32  # where the file has no general.alignment, by the format's specification
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+_CHUNK = 1 << 20  # weights dequantized at a time: 4 MiB of float32 keeps the work space small and in the cache
+_CONVERT = "convert the original model to safetensors and start from that"
+
+
+class _Entry(NamedTuple):
+    """One tensor of the file: ``shape`` in torch's order, ``begin`` and ``nbytes`` of its data in the file."""
+
+    kind: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class GGUFSource:
+    """One GGUF file as a checkpoint with Hugging Face names, layouts and configuration.
+
+    ``tensors`` lists what :meth:`read` returns: float32 for blocks and for stored float32, the stored dtype for float16
+    and bfloat16. Parameters tied to another one (an output head that is the embedding) are listed once.
+
+    Raises:
+        SourceError: no such file, no GGUF, truncated, an architecture or a block format that cannot be read, a model
+            whose parameters the file does not all hold, or the ``gguf`` package is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files = [self.path]
+        if not self.path.is_file():
+            raise SourceError(f"{self.path} is not a file, expected a .gguf file; check the path")
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise SourceError(
+                f"{self.path} cannot be read because the gguf package is not installed; pip install loftq[gguf]"
+            ) from None
+        metadata, self._entries = _read_contents(self.path)
+        self._check_kinds()
+        self._architecture = str(metadata["general.architecture"])
+        if metadata.get("split.count", 1) > 1:
+            raise SourceError(
+                f"{self.path} is one of {metadata['split.count']} parts, expected a single file; join them first with "
+                f"`llama-gguf-split --merge`"
+            )
+        self._config = self._read_config()
+        model = self._meta_model()
+        self._rules = _rules(self._architecture, self._config, model)
+        self._parts: dict[str, list[str]] = {}
+        self.tensors = self._match(model, metadata)
+        self._config.dtype = self._main_dtype()
+
+    def config(self) -> PretrainedConfig:
+        """The configuration that the file's metadata describes; a copy, the caller's own."""
+        return copy.deepcopy(self._config)
+
+    def read(self, name: str) -> Tensor:
+        """The parameter ``name``, dequantized and in Hugging Face's layout, in memory of its own.
+
+        Raises:
+            SourceError: if the file ends early, or holds the tensor in another shape than the model's.
+        """
+        info = self.tensors[name]
+        parts = self._parts[name]
+        tensor = self._rules.convert(name, parts, self._values)
+        if tuple(tensor.shape) != info.shape:
+            raise SourceError(
+                f"{self.path} gives {name} the shape {tuple(tensor.shape)}, expected {info.shape}; {_CONVERT}"
+            )
+        # Rules work in float32, where a permutation of 16-bit values is exact and an offset loses nothing.
+        return tensor.to(info.dtype).contiguous()
+
+    def save_extras(self, out_dir: Path) -> None:
+        """Write generation settings and, where the file's vocabulary can be rebuilt, the tokenizer to ``out_dir``."""
+        from transformers import AutoTokenizer, GenerationConfig
+
+        GenerationConfig.from_model_config(self._config).save_pretrained(out_dir)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            tokenizer.save_pretrained(out_dir)
+        except Exception as error:
+            warnings.warn(
+                f"{self.path} holds no tokenizer that transformers can rebuild ({_first_line(error)}); put the "
+                f"original model's tokenizer files into {out_dir}",
+                stacklevel=2,
+            )
+
+    def _check_kinds(self) -> None:
+        """Every block format in use must be one that the gguf package can dequantize: try one block of each."""
+        import gguf
+
+        for name, entry in self._entries.items():
+            try:
+                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[entry.kind][1]), np.uint8), entry.kind)
+            except NotImplementedError:
+                raise SourceError(
+                    f"{self.path} stores {name} as {entry.kind.name}, which the gguf package cannot dequantize; "
+                    f"{_CONVERT}"
+                ) from None
+
+    def _read_config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        except Exception as error:
+            raise SourceError(
+                f"{self.path} holds a model of architecture {self._architecture!r} that transformers cannot read from "
+                f"GGUF ({_first_line(error)}); {_CONVERT}"
+            ) from None
+        for attribute in ("quantization_config", "_model_name_or_path"):  # the second is the file's title, no path
+            if hasattr(config, attribute):
+                delattr(config, attribute)
+        return config
+
+    def _meta_model(self) -> PreTrainedModel:
+        """The model without its weights; fills ``architectures`` in where the metadata does not name the class."""
+        import transformers
+
+        config = self._config
+        try:
+            with torch.device("meta"):
+                if config.architectures:
+                    return getattr(transformers, config.architectures[0])(config)
+                if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                    model = transformers.AutoModelForCausalLM.from_config(config)
+                else:
+                    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        except Exception as error:
+            raise SourceError(
+                f"{self.path} describes a {config.model_type!r} model that transformers cannot build "
+                f"({_first_line(error)}); {_CONVERT}"
+            ) from None
+        config.architectures = [type(model).__name__]
+        return model
+
+    def _match(self, model: PreTrainedModel, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+        """The model's parameters and where the file holds them; raises where one is missing, warns of leftovers."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = set(model.all_tied_weights_keys)
+        leftover = []
+        for gguf_name in self._entries:
+            name = self._rules.name(gguf_name)
+            if name is None or name not in shapes:
+                leftover.append(gguf_name)
+            elif name not in tied:
+                self._parts.setdefault(name, []).append(gguf_name)
+
+        kind = type(model).__name__
+        missing = [name for name in shapes if name not in self._parts and name not in tied]
+        if missing:
+            raise SourceError(
+                f"{self.path} lacks {len(missing)} of the {len(shapes)} parameters of {kind} ({missing[0]}), or "
+                f"transformers does not know where it keeps them (mixtures of experts are not all supported from GGUF "
+                f"yet); {_CONVERT}"
+            )
+        for name, parts in self._parts.items():
+            stored = [self._entries[part].shape for part in parts]
+            if sum(map(math.prod, stored)) != math.prod(shapes[name]):
+                raise SourceError(
+                    f"{self.path} stores {', '.join(parts)} with shape {', '.join(map(str, stored))}, expected "
+                    f"{shapes[name]} for {name} of {kind}; {_CONVERT}"
+                )
+
+        scaling = metadata.get(f"{self._architecture}.rope.scaling.type", "none")
+        rope = getattr(self._config, "rope_parameters", None) or {}
+        if scaling != "none" and rope.get("rope_type", "default") == "default":
+            leftover.append(f"rope scaling of type {scaling!r}")
+        if leftover:
+            more = f" and {len(leftover) - 3} more" if len(leftover) > 3 else ""
+            warnings.warn(
+                f"{self.path} holds {', '.join(leftover[:3])}{more}, which transformers' {kind} read from GGUF leaves "
+                f"out; compare with the original model before relying on the result",
+                stacklevel=3,
+            )
+        return {
+            name: TensorInfo(self._dtype(self._parts[name]), shapes[name]) for name in shapes if name in self._parts
+        }
+
+    def _dtype(self, parts: list[str]) -> torch.dtype:
+        kept = {"F16": torch.float16, "BF16": torch.bfloat16}
+        dtypes = {kept.get(self._entries[part].kind.name, torch.float32) for part in parts}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def _main_dtype(self) -> torch.dtype:
+        """What most of the weights are read as; the norms beside 16-bit matrices are always stored in float32."""
+        elements: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            elements[info.dtype] = elements.get(info.dtype, 0) + math.prod(info.shape)
+        return max(elements, key=lambda dtype: elements[dtype])
+
+    def _values(self, gguf_name: str) -> np.ndarray:
+        """A stored tensor as float32 in the file's own layout; plain reads, so that no mapped page stays resident."""
+        import gguf
+
+        entry = self._entries[gguf_name]
+        columns = entry.shape[-1]
+        rows = math.prod(entry.shape[:-1])
+        row_bytes = entry.nbytes // max(rows, 1)
+        step = max(1, _CHUNK // max(columns, 1))
+        out = np.empty((rows, columns), np.float32)
+        with open(self.path, "rb") as stream:
+            stream.seek(entry.begin)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                raw = np.fromfile(stream, np.uint8, count * row_bytes)
+                if raw.size != count * row_bytes:
+                    raise SourceError(f"{self.path} ends inside {gguf_name}; fetch the file again")
+                out[start : start + count] = gguf.dequantize(raw.reshape(count, row_bytes), entry.kind)
+        return out.reshape(entry.shape)
+
+
+class _ProcessorRules:
+    """Names and layouts by transformers' tensor processors, one class an architecture."""
+
+    def __init__(self, architecture: str, config: PretrainedConfig, model: PreTrainedModel) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        # The whole configuration rather than what the metadata spells out: a file without head_count_kv would
+        # otherwise keep its q and k rows in ggml's order.
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        self._names = get_gguf_hf_weights_map(model, self._processor)
+
+    def name(self, gguf_name: str) -> str | None:
+        # Stacked experts are parameters rather than modules, so their names map without the suffix.
+        return self._names.get(gguf_name) or self._names.get(gguf_name.removesuffix(".weight"))
+
+    def convert(self, name: str, parts: list[str], values: Any) -> Tensor:
+        # Processors that merge several tensors, or rename one, put the result into this dictionary instead.
+        parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        for part in parts:
+            result = self._processor.process(
+                values(part), part, tensor_key_mapping=self._names, parsed_parameters=parsed
+            )
+            if result.name is not None:
+                return torch.from_numpy(np.ascontiguousarray(result.weights))
+        return parsed["tensors"][name]
+
+
+class _ConverterRules:
+    """Names and layouts by transformers' weight converters."""
+
+    def __init__(self, architecture: str, config: PretrainedConfig) -> None:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.integrations.gguf import get_gguf_conversion_mapping
+
+        self._config = config
+        mapping = get_gguf_conversion_mapping(architecture, config)
+        self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+
+    def _rename(self, gguf_name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(gguf_name, self._renamings, self._converters)
+
+    def name(self, gguf_name: str) -> str | None:
+        return self._rename(gguf_name)[0]
+
+    def convert(self, name: str, parts: list[str], values: Any) -> Tensor:
+        patterns = [self._rename(part)[1] for part in parts]
+        tensors = [torch.from_numpy(values(part)) for part in parts]
+        rule = next((c for c in self._converters if patterns[0] in c.source_patterns), None)
+        if rule is None:
+            return tensors[0]
+        rule = copy.deepcopy(rule)  # it collects its inputs in itself
+        for part, pattern, tensor in zip(parts, patterns, tensors, strict=True):
+            rule.add_tensor(name, part, pattern, tensor)
+        return rule.convert(name, config=self._config)[name]
+
+
+def _rules(architecture: str, config: PretrainedConfig, model: PreTrainedModel) -> _ProcessorRules | _ConverterRules:
+    """transformers' own choice between its two sets of rules.
+
+    Raises:
+        SourceError: if neither knows the architecture's tensor names.
+    """
+    from transformers.integrations.gguf import is_gguf_arch_supported
+
+    try:
+        if is_gguf_arch_supported(architecture):
+            return _ConverterRules(architecture, config)
+        return _ProcessorRules(architecture, config, model)
+    except (NotImplementedError, ValueError) as error:
+        raise SourceError(
+            f"architecture {architecture!r} has tensor names that are not known from GGUF ({_first_line(error)}); "
+            f"{_CONVERT}"
+        ) from None
+
+
+class _Cursor:
+    """Little-endian values one after another; never reads past the end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + layout, self.data, self.at)
+        self.at += struct.calcsize("<" + layout)
+        return values
+
+    def text(self) -> str:
+        (length,) = self.take("Q")
+        return self.take(f"{length}s")[0].decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value; arrays (the vocabulary, the merges) are stepped over and give None."""
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"metadata of unknown type {kind}")
+        inner, count = self.take("IQ")
+        if inner in _SCALARS:
+            self.at += count * struct.calcsize("<" + _SCALARS[inner])
+        elif inner == _STRING:
+            for _ in range(count):
+                (length,) = self.take("Q")
+                self.at += length
+        else:
+            raise ValueError(f"a metadata array of unknown type {inner}")
+        return None
+
+
+def _read_contents(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    """Metadata (without its arrays) and tensors of a GGUF file.
+
+    Raises:
+        SourceError: if it is no GGUF file, of an unknown version, damaged, or shorter than its tensors need.
+    """
+    total = path.stat().st_size
+    with open(path, "rb") as stream:
+        magic = stream.read(4)
+        if magic != _MAGIC:
+            raise SourceError(f"{path} begins with {magic!r}, expected {_MAGIC!r}; it is not a GGUF file")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                metadata, entries = _parse(_Cursor(data))
+            except (struct.error, ValueError, KeyError, OverflowError) as error:
+                raise SourceError(
+                    f"{path} ({total:,} bytes) is a truncated or damaged GGUF file ({_first_line(error)}); fetch the "
+                    f"file again"
+                ) from None
+    if "general.architecture" not in metadata or not entries:
+        raise SourceError(f"{path} names no architecture or holds no tensors, expected a model; check the file")
+    needed = max(entry.begin + entry.nbytes for entry in entries.values())
+    if needed > total:
+        raise SourceError(f"{path} is truncated: it has {total:,} bytes of {needed:,}; fetch the file again")
+    return metadata, entries
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    import gguf
+
+    _, version, tensor_count, pair_count = cursor.take("4sIQQ")
+    if version not in _VERSIONS:
+        raise ValueError(f"format version {version}, expected one of {_VERSIONS} in little-endian order")
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.take("I")[0])
+
+    table: list[tuple[str, Any, tuple[int, ...], int]] = []
+    for _ in range(tensor_count):
+        name = cursor.text()
+        shape = cursor.take(f"{cursor.take('I')[0]}Q")[::-1] or (1,)
+        kind, offset = cursor.take("IQ")
+        table.append((name, gguf.GGMLQuantizationType(kind), shape, offset))
+
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if alignment < 1:
+        raise ValueError(f"alignment {alignment}")
+    start = -(-cursor.at // alignment) * alignment
+    entries: dict[str, _Entry] = {}
+    for name, kind, shape, offset in table:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block or name in entries:
+            raise ValueError(f"{name} appears twice or its rows of {shape[-1]} are no multiple of {block}")
+        entries[name] = _Entry(kind, shape, start + offset, math.prod(shape) // block * size)
+    return metadata, entries
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterable[str] = str(error).strip().splitlines()
+    return next(iter(lines), type(error).__name__)

@@ -1,0 +1,58 @@
+"""Which module's weight a tensor of the source is, by transformers' own renaming rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from loftq.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The architecture the config names, on the meta device: modules and shapes, no weights.
+
+    Raises:
+        SourceError: if the config names no architecture that transformers can build.
+    """
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or [])
+    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    try:
+        with torch.device("meta"):
+            if cls is not None:
+                return cls(config).eval()
+            if names:
+                raise ValueError(f"transformers has no {names[0]}")
+            return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(
+            f"cannot build the model of type {getattr(config, 'model_type', '?')!r} ({reason}); expected an architecture "
+            f"of the installed transformers"
+        ) from None
+
+
+def model_names(model: PreTrainedModel, source_names: Iterable[str]) -> dict[str, str]:
+    """Source tensor name -> name in the model's state dict, for the tensors that the model has under one name.
+
+    A tensor that the model does not know, or that transformers assembles from several (fused experts), is left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    result = {}
+    for source_name in source_names:
+        name, converter = rename_source_key(source_name, renamings, converters, model.base_model_prefix, known)
+        if converter is None and name in known:
+            result[source_name] = name
+    return result

@@ -1,0 +1,250 @@
+"""Where a model comes from: a folder of safetensors, a GGUF file, or a hub id. One tensor is read at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loftq.codec.qtensor import TensorInfo
+from loftq.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Copied beside the weights, where the source has them: tokenizer, generation settings, chat template, processors.
+_EXTRAS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Source(Protocol):
+    """A checkpoint that is read tensor by tensor."""
+
+    path: Path
+    files: list[Path]
+    tensors: dict[str, TensorInfo]
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, without a quantization config."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+
+    def save_extras(self, out_dir: Path) -> None:
+        """Write tokenizer and generation settings to ``out_dir``."""
+
+
+def open_source(source: str | Path, revision: str | None = None) -> Source:
+    """A folder with safetensors, a ``.gguf`` file, or a hub id (downloaded through ``huggingface_hub``).
+
+    Raises:
+        SourceError: if there is no such thing, or what is there cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return SafetensorsSource(path)
+    if path.suffix == ".gguf":
+        from loftq.checkpoint.gguf_source import GGUFSource
+
+        return GGUFSource(path)
+    if path.exists():
+        raise SourceError(f"{path} is a file, expected a folder with safetensors, a .gguf file or a hub id")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise SourceError(f"{source} does not exist, expected a folder with safetensors, a .gguf file or a hub id")
+    return SafetensorsSource(_download(str(source), revision))
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_EXTRAS]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{repo_id} is no folder here and could not be fetched from the hub ({reason}); check the name, the network "
+            f"and, for a gated model, `hf auth login`"
+        ) from None
+
+
+class SafetensorsSource:
+    """A local folder with ``config.json`` and ``model.safetensors``, or shards with their index.
+
+    Tensors are read by offset rather than through a memory map, whose pages would count as this process's memory.
+
+    Raises:
+        SourceError: a missing or truncated file, an index that names a missing shard or tensor, pickled weights only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = self._shards()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._where: dict[str, tuple[Path, int, int]] = {}
+        for file in self.files:
+            for name, info, begin, size in read_header(file):
+                self.tensors[name] = info
+                self._where[name] = (file, begin, size)
+        missing = [name for name in self._expected if name not in self.tensors]
+        if missing:
+            raise SourceError(
+                f"{path / INDEX} lists {missing[0]} (and {len(missing) - 1} more) that no shard holds; fetch the "
+                f"checkpoint again"
+            )
+
+    def _shards(self) -> list[Path]:
+        self._expected: list[str] = []
+        index = self.path / INDEX
+        if index.exists():
+            weight_map = read_json(index).get("weight_map", {})
+            self._expected = list(weight_map)
+            files = [self.path / name for name in sorted(set(weight_map.values()))]
+            missing = [f.name for f in files if not f.exists()]
+            if missing:
+                raise SourceError(
+                    f"{self.path} lacks {len(missing)} of {len(files)} shards that its index names ({missing[0]}); "
+                    f"fetch the checkpoint again"
+                )
+            return files
+        if (self.path / SINGLE).exists():
+            return [self.path / SINGLE]
+        pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pth"), *self.path.glob("*.pt")])
+        if pickled:
+            raise SourceError(
+                f"{self.path} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
+                f"runs code; convert them to safetensors first"
+            )
+        raise SourceError(f"{self.path} has neither {SINGLE} nor {INDEX}; expected a folder with a model checkpoint")
+
+    def config(self) -> PretrainedConfig:
+        return read_config(self.path)
+
+    def read(self, name: str) -> Tensor:
+        file, begin, size = self._where[name]
+        info = self.tensors[name]
+        buffer = torch.empty(size, dtype=torch.uint8)
+        with open(file, "rb") as stream:
+            stream.seek(begin)
+            if stream.readinto(buffer.numpy()) != size:  # type: ignore[attr-defined]
+                raise SourceError(f"{file} ends inside tensor {name}; fetch the checkpoint again")
+        return buffer.view(info.dtype).view(info.shape) if size else torch.empty(info.shape, dtype=info.dtype)
+
+    def save_extras(self, out_dir: Path) -> None:
+        for pattern in _EXTRAS:
+            for file in self.path.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, out_dir / file.name)
+
+
+def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:
+    """(name, dtype and shape, first byte, bytes) of every tensor in a safetensors file.
+
+    Raises:
+        SourceError: if the header is damaged or promises more bytes than the file has.
+    """
+    total = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > total - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = []
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            info = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if end - begin != info.nbytes:
+                raise ValueError(f"{name} has {end - begin} bytes for {info.nbytes}")
+            entries.append((name, info, 8 + length + begin, end - begin))
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise SourceError(f"{file} is no intact safetensors file ({error}); fetch the checkpoint again") from None
+    needed = max((begin + size for _, _, begin, size in entries), default=8 + length)
+    if needed != total:
+        raise SourceError(
+            f"{file} has {total} bytes where its header promises {needed}: it is truncated or damaged; fetch the "
+            f"checkpoint again"
+        )
+    return entries
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, or a :class:`SourceError` that names the file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{file} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """The transformers configuration in a folder.
+
+    Raises:
+        SourceError: if there is none, transformers does not know the architecture, or the model is quantized already.
+    """
+    from transformers import AutoConfig
+
+    values = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if values is None:
+        raise SourceError(f"{path} has no config.json, expected a transformers checkpoint")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown")
+        raise SourceError(
+            f"{path} is quantized already (quant_method {method!r}), expected a full-precision model; start from its source"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

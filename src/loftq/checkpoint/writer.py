@@ -1,0 +1,251 @@
+"""Writing an output folder that is whole or absent, and can be continued after a kill.
+
+Everything is written to ``OUT.incomplete`` beside the target. The layout of every file is known before the first
+tensor is computed, so files are created at full size with their headers, and each tensor goes to its own place. After a
+unit (one module, or one tensor passed through) is on disk, a line with its hashes is appended to the journal. A restart
+trusts a unit only if its bytes still have those hashes. At the end the folder is renamed to its final name in one step.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq.checkpoint.source import DTYPE_NAMES
+from loftq.codec.qtensor import TensorInfo
+from loftq.errors import OutputError
+
+JOURNAL = "journal.jsonl"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"the disk of {path} is full ({error.strerror}); free some space and run the same command again, it "
+                f"continues where it stopped"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise OutputError(f"cannot write to {path}: {error.strerror}") from None
+        raise
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, length included, and each tensor's first byte in the file.
+
+    Tensors are laid out as the safetensors library lays them out (wide dtypes first, then by name), so that saving the
+    loaded tensors with it gives the same bytes.
+    """
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, _dtype_rank(tensors[n].dtype), n))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    begins = {}
+    for name in order:
+        info = tensors[name]
+        begins[name] = offset
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text) + 8
+    return len(text).to_bytes(8, "little") + text, {name: data + begin for name, begin in begins.items()}
+
+
+def _dtype_rank(dtype: torch.dtype) -> int:
+    """Safetensors orders dtypes of one width by their position in its enumeration, later ones first."""
+    order = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64"]
+    return -order.index(DTYPE_NAMES[dtype])
+
+
+class Staging:
+    """The unfinished output folder.
+
+    Args:
+        out_dir: where the finished folder will be.
+        fingerprint: what the output depends on; an unfinished run with another one is not continued.
+        files: relative file name -> tensors it will hold.
+        resume: continue an unfinished run; otherwise it is removed.
+
+    Raises:
+        OutputError: ``out_dir`` holds something, an unfinished run does not fit, another process is writing, or the
+            disk is full.
+    """
+
+    def __init__(
+        self, out_dir: Path, fingerprint: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorInfo]], resume: bool
+    ) -> None:
+        self.out_dir = out_dir
+        self.path = out_dir.parent / (out_dir.name + ".incomplete")
+        self.done: dict[str, dict[str, Any]] = {}
+        self._where: dict[str, tuple[str, int, TensorInfo]] = {}
+        self._streams: dict[str, Any] = {}
+        with disk_errors(out_dir):
+            check_target(out_dir)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._journal = open(self.path / JOURNAL, "a+b")  # noqa: SIM115 - kept open: its lock is this run's
+            self._lock()
+            lines = self._read_journal()
+            if lines and lines[0] != fingerprint and resume:
+                raise OutputError(self._explain(lines[0], fingerprint))
+            if not resume or not lines:
+                for child in self.path.iterdir():
+                    if child.name != JOURNAL:
+                        shutil.rmtree(child) if child.is_dir() else child.unlink()
+                self._journal.truncate(0)
+                self._append(fingerprint)
+                lines = []
+            self._create(files)
+            for line in lines[1:]:
+                if all(self._is_intact(name, digest) for name, digest in line["sha256"].items()):
+                    self.done[line["unit"]] = line
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is writing {self.path}; wait for it or choose another folder") from None
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        self._journal.seek(0)
+        lines = []
+        whole = 0
+        for raw in self._journal.read().split(b"\n")[:-1]:
+            try:
+                lines.append(json.loads(raw))
+            except ValueError:
+                break
+            whole += len(raw) + 1
+        self._journal.truncate(whole)  # a line cut off by a kill
+        return lines
+
+    def _explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+        changed = _first_difference(old, new)
+        return (
+            f"{self.path} holds an unfinished run with other settings ({changed}); finish that one, delete the folder, "
+            f"or start over with --no-resume"
+        )
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(line).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def _create(self, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+        for file, tensors in files.items():
+            header, begins = header_bytes(tensors)
+            size = len(header) + sum(info.nbytes for info in tensors.values())
+            path = self.path / file
+            path.parent.mkdir(exist_ok=True)
+            stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed in finish
+            self._streams[file] = stream
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)  # a full disk shows now rather than hours later
+            stream.truncate(size)
+            stream.write(header)
+            stream.flush()
+            for name, info in tensors.items():
+                self._where[f"{file}:{name}"] = (file, begins[name], info)
+
+    def _is_intact(self, key: str, digest: str) -> bool:
+        if key not in self._where:
+            return False
+        file, begin, info = self._where[key]
+        return _digest_range(self._streams[file], begin, info.nbytes) == digest
+
+    def write_unit(self, unit: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Put tensors (``file:name`` -> tensor) in their places and record the unit as done."""
+        digests = {}
+        with disk_errors(self.out_dir):
+            touched = set()
+            for key, tensor in tensors.items():
+                file, begin, info = self._where[key]
+                if (tensor.dtype, tuple(tensor.shape)) != info:
+                    raise AssertionError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, planned {info}")
+                data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                stream = self._streams[file]
+                stream.seek(begin)
+                stream.write(data)
+                digests[key] = hashlib.sha256(data).hexdigest()
+                touched.add(file)
+            for file in touched:
+                self._streams[file].flush()
+                os.fsync(self._streams[file].fileno())
+            self.done[unit] = {"unit": unit, "sha256": digests, "record": dict(record)}
+            self._append(self.done[unit])
+
+    def digests(self) -> dict[str, str]:
+        """``file:name`` -> sha256 of every tensor written so far."""
+        return {key: digest for line in self.done.values() for key, digest in line["sha256"].items()}
+
+    def finish(self) -> None:
+        """Rename the folder to its final name; it appears there complete."""
+        with disk_errors(self.out_dir):
+            for stream in self._streams.values():
+                stream.close()
+            for file in self.path.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as stream:
+                        os.fsync(stream.fileno())
+            check_target(self.out_dir)
+            os.replace(self.path, self.out_dir)
+            (self.out_dir / JOURNAL).unlink()
+            self._journal.close()
+
+    def close(self) -> None:
+        """Leave the unfinished folder for a later run."""
+        for stream in (*self._streams.values(), self._journal):
+            stream.close()
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    """Remove the journal from a finished folder, which a kill right after the renaming leaves."""
+    (out_dir / JOURNAL).unlink(missing_ok=True)
+
+
+def check_target(out_dir: Path) -> None:
+    """An :class:`OutputError` unless ``out_dir`` is absent or an empty folder."""
+    if out_dir.is_dir():
+        found = next(out_dir.iterdir(), None)
+        if found is not None:
+            raise OutputError(f"{out_dir} is not empty (it holds {found.name}); choose another folder or empty it")
+    elif out_dir.exists():
+        raise OutputError(f"{out_dir} is a file, expected a folder to create")
+
+
+def _digest_range(stream: Any, begin: int, size: int) -> str:
+    digest = hashlib.sha256()
+    stream.seek(begin)
+    while size > 0 and (chunk := stream.read(min(size, 1 << 22))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    return f"{path} was {old!r}, now {new!r}"

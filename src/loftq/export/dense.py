@@ -1,0 +1,65 @@
+"""Merging: a dense checkpoint with Q + scaling * B A, for everything that loads plain safetensors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from loftq.checkpoint.source import INDEX
+from loftq.checkpoint.writer import check_target, disk_errors
+from loftq.config import one_of
+from loftq.hub.adapter import INIT_DIR
+from loftq.hub.backbone import check_adapter
+from loftq.hub.quantizer import dequantize_modules
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def export_dense(
+    directory: str | Path, out_dir: str | Path, *, adapter: str | Path | None = None, dtype: str = "bfloat16"
+) -> Path:
+    """Merge an adapter into the dequantized backbone it belongs to and save a plain transformers checkpoint.
+
+    The adapter is added to Q in float32 and rounded once. It is never added to the original weights: that would count
+    the residual twice.
+
+    Args:
+        directory: a folder that ``loftq quantize`` has written.
+        out_dir: created; must be absent or empty.
+        adapter: the adapter's folder, by default the fitted one in ``loftq_init``.
+        dtype: of the saved weights.
+
+    Raises:
+        BackboneMismatchError: the adapter belongs to another backbone.
+        SourceError, OutputError, ConfigError: see the message.
+    """
+    from loftq.hub.load import load
+
+    directory, out_dir = Path(directory), Path(out_dir)
+    one_of("dtype", dtype, DTYPES)
+    adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
+    check_target(out_dir)
+    check_adapter(directory, adapter_dir)
+    model = load(directory, adapter=adapter_dir, dtype=torch.float32)
+    dequantize_modules(model)
+    merged = model.merge_and_unload().to(DTYPES[dtype])
+    if hasattr(merged.config, "quantization_config"):
+        del merged.config.quantization_config
+    merged.hf_quantizer = None
+    merged.is_quantized = False
+    partial = out_dir.parent / (out_dir.name + ".incomplete")
+    with disk_errors(out_dir):
+        shutil.rmtree(partial, ignore_errors=True)
+        merged.save_pretrained(partial)
+        for file in directory.iterdir():
+            if file.is_file() and not (partial / file.name).exists() and _is_extra(file):
+                shutil.copyfile(file, partial / file.name)
+        os.replace(partial, out_dir)
+    return out_dir
+
+
+def _is_extra(file: Path) -> bool:
+    return file.suffix != ".safetensors" and file.name not in (INDEX, "config.json", "loftq_report.json")

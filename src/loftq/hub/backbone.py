@@ -1,0 +1,78 @@
+"""Which backbone an adapter was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from loftq.checkpoint.source import SafetensorsSource, read_json
+from loftq.errors import BackboneMismatchError, SourceError
+from loftq.hub.adapter import ADAPTER_CONFIG, BACKBONE_KEY
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """sha256 over the sorted (tensor name, sha256 of its bytes) pairs: the same however tensors are split into files."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def backbone_sha256(directory: Path) -> str:
+    """The hash of a quantized folder's weights, read from its files.
+
+    Raises:
+        SourceError: if the weights are missing or damaged.
+    """
+    source = SafetensorsSource(Path(directory))
+    digests = {}
+    for name in source.tensors:
+        data = source.read(name).reshape(-1).view(torch.uint8).numpy()
+        digests[name] = hashlib.sha256(memoryview(data)).hexdigest()
+    return combine_digests(digests)
+
+
+def check_adapter(directory: Path, adapter_dir: Path) -> str:
+    """The hash of the backbone in ``directory``, after checking that the adapter was made for it.
+
+    Raises:
+        SourceError: no adapter there.
+        BackboneMismatchError: the adapter names another backbone, or none and another base model.
+    """
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    if not path.exists():
+        raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
+    config = read_json(path)
+    actual = backbone_sha256(directory)
+    recorded = (config.get("auto_mapping") or {}).get(BACKBONE_KEY)
+    if recorded is None:
+        base = config.get("base_model_name_or_path")
+        if base is not None and Path(base).resolve() == Path(directory).resolve():
+            return actual
+        raise BackboneMismatchError(
+            f"the adapter in {adapter_dir} does not say which backbone it belongs to and names base model {base!r}, "
+            f"expected {directory}; only an adapter trained on this folder can be merged into it"
+        )
+    if recorded != actual:
+        raise BackboneMismatchError(
+            f"the adapter in {adapter_dir} belongs to backbone {recorded[:12]}…, but {directory} holds {actual[:12]}…; "
+            f"merge it into the quantized folder it was trained on (its base is {config.get('base_model_name_or_path')!r})"
+        )
+    return actual
+
+
+def read_quantization_config(directory: Path) -> dict[str, object]:
+    """The ``quantization_config`` of a quantized folder.
+
+    Raises:
+        SourceError: the folder is none.
+    """
+    path = Path(directory) / "config.json"
+    values = read_json(path).get("quantization_config") if path.exists() else None
+    if not isinstance(values, dict) or values.get("quant_method") != "loftq":
+        raise SourceError(
+            f"{directory} is no quantized folder of loftq, expected one that `loftq quantize` has written"
+        )
+    return json.loads(json.dumps(values))

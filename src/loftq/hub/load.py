@@ -1,0 +1,68 @@
+"""Loading a quantized folder: the packed backbone through transformers, the adapter through PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq.errors import SourceError
+from loftq.hub.adapter import INIT_DIR
+from loftq.hub.backbone import read_quantization_config
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
+    """The packed model without adapter, of the class its ``config.json`` names.
+
+    Raises:
+        SourceError: if the folder is no quantized one, or its tensors do not fit the model.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    import loftq.hub.quantizer  # noqa: F401 - registers the quantizer
+
+    directory = Path(directory)
+    read_quantization_config(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    names = list(config.architectures or [])
+    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), transformers.AutoModel)
+    try:
+        model, info = cls.from_pretrained(directory, output_loading_info=True, **from_pretrained_kwargs)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{directory} does not load ({reason}); its files are incomplete, quantize again") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise SourceError(
+            f"{directory} lacks {missing[0]} (and {len(missing) - 1} more tensors), expected all of {cls.__name__}'s; "
+            f"quantize again"
+        )
+    return model
+
+
+def load(
+    directory: str | Path, *, adapter: str | Path | None = None, trainable: bool = False, **from_pretrained_kwargs: Any
+) -> PeftModel:
+    """The packed model with its adapter: ``AutoModel….from_pretrained`` followed by ``PeftModel.from_pretrained``.
+
+    Args:
+        directory: a folder that ``loftq quantize`` has written.
+        adapter: another adapter's folder; by default the fitted one in ``loftq_init``.
+        trainable: leave the adapter trainable.
+        from_pretrained_kwargs: for transformers' ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
+
+    Raises:
+        SourceError: if the folder or the adapter is missing or incomplete.
+    """
+    from peft import PeftModel
+
+    directory = Path(directory)
+    model = load_backbone(directory, **from_pretrained_kwargs)
+    adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
+    if not (adapter_dir / "adapter_config.json").exists():
+        raise SourceError(f"{adapter_dir} has no adapter_config.json, expected a PEFT adapter folder")
+    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)

@@ -1,0 +1,160 @@
+"""The transformers quantizer of ``quant_method: loftq``: it puts packed layers in place before the weights are loaded.
+
+Registered by ``import loftq``. Without that, transformers loads such a folder with a hard size mismatch, because the
+packed ``weight`` has another shape than the dense one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from loftq.config import QuantSpec
+from loftq.errors import SourceError
+from loftq.modules import PackedWeight, QuantEmbedding, QuantLinear
+from loftq.modules.linear import is_transposed
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("loftq")
+class LoftQQuantizationConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a quantized folder.
+
+    Args:
+        spec: the :class:`loftq.QuantSpec` of most modules, as a dict.
+        modules: name of every packed module -> the fields in which its spec differs, mostly none.
+        format_version: of the stored tensors; see ``docs/format.md``.
+
+    Raises:
+        SourceError: for a format this version does not know.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = "loftq",
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION or unknown:
+            raise SourceError(
+                f"the quantization_config has format_version {format_version} and fields {sorted(unknown)}, expected "
+                f"version {FORMAT_VERSION} and no others; install the version of loftq that wrote it"
+            )
+        self.quant_method = "loftq"  # type: ignore[assignment]
+        self.format_version = format_version
+        self.spec = QuantSpec.from_dict(spec or {}).to_dict()
+        self.modules = {name: dict(changes) for name, changes in (modules or {}).items()}
+
+    def module_specs(self) -> dict[str, QuantSpec]:
+        """Module name -> its spec."""
+        base = QuantSpec.from_dict(self.spec)
+        return {name: base.replace(**changes) for name, changes in self.modules.items()}
+
+    @classmethod
+    def for_specs(cls, base: QuantSpec, specs: dict[str, QuantSpec]) -> LoftQQuantizationConfig:
+        """The config that records each module's difference from ``base``."""
+        default = base.to_dict()
+        return cls(
+            spec=default,
+            modules={n: {k: v for k, v in s.to_dict().items() if v != default[k]} for n, s in specs.items()},
+        )
+
+
+@register_quantizer("loftq")
+class LoftQHfQuantizer(HfQuantizer):
+    """Loads, saves, trains (through adapters) and dequantizes models that ``loftq`` has packed."""
+
+    requires_calibration = True  # only folders that are quantized already can be loaded through transformers
+    quantization_config: LoftQQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        specs = self.quantization_config.module_specs()
+        modules = dict(model.named_modules())
+        replaced = 0
+        for recorded, spec in specs.items():
+            name = find_name(recorded, modules, getattr(model, "base_model_prefix", ""))
+            if name is not None:
+                replace_module(model, name, packed_like(modules[name], spec))
+                replaced += 1
+        if specs and not replaced:
+            raise SourceError(
+                f"none of the {len(specs)} packed modules ({next(iter(specs))}, ...) exists in {type(model).__name__}; "
+                f"load the folder with the class its config.json names"
+            )
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        present_for_dtype_checks(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return dequantize_modules(model, dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def find_name(recorded: str, modules: Any, prefix: str) -> str | None:
+    """The name of a recorded module in a model that may be another head's class on the same base model."""
+    candidates = [recorded, f"{prefix}.{recorded}", recorded.removeprefix(prefix + ".")]
+    return next((name for name in candidates if name in modules), None)
+
+
+def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
+    """An empty packed layer on the meta device that takes the place of a dense one."""
+    dtype = module.weight.dtype  # type: ignore[union-attr]
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding(rows, columns, module.padding_idx, spec=spec, device="meta", dtype=dtype)  # type: ignore[arg-type, return-value]
+    if is_transposed(module):
+        rows, columns = columns, rows
+    has_bias = module.bias is not None
+    return QuantLinear(columns, rows, has_bias, spec=spec, device="meta", dtype=dtype)  # type: ignore[arg-type]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    new.train(model.get_submodule(name).training)
+    new.requires_grad_(False)
+    setattr(model.get_submodule(parent), child, new)
+
+
+def present_for_dtype_checks(model: nn.Module) -> None:
+    """T5's family casts activations to the dtype of the modules it wants in float32; see ``present_as_int8``."""
+    names = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    names |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and names.intersection(name.split(".")):
+            module.present_as_int8()
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every packed layer by a dense one, in place."""
+    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedWeight)]:
+        weight = module.dequantize(dtype or torch.float32)
+        if isinstance(module, QuantEmbedding):
+            dense: nn.Module = nn.Embedding.from_pretrained(weight, padding_idx=module.padding_idx)
+        else:
+            assert isinstance(module, QuantLinear)
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            dense.bias = module.bias
+        replace_module(model, name, dense)
+    return model

@@ -1,0 +1,88 @@
+"""The packed matrix product as a torch operator, so that autograd, autocast and ``torch.compile`` see one opaque node.
+
+    y = x Wᵀ,  dL/dx = dL/dy W,  W = dequantize(packed, scale, codebook, zero)
+
+W exists for the duration of one call. There is no gradient for the backbone: it is frozen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loftq import kernels
+
+
+@torch.library.custom_op("loftq::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
+) -> Tensor:
+    """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) float32."""
+    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, dense)
+
+
+@packed_linear.register_fake
+def _(x, packed, scale, codebook, zero, bits, block_size):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+@torch.library.custom_op("loftq::packed_linear_grad_input", mutates_args=())
+def packed_linear_grad_input(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
+    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, grad.dtype)
+    return grad @ dense
+
+
+@packed_linear_grad_input.register_fake
+def _(grad, packed, scale, codebook, zero, bits, block_size, in_features):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, packed, scale, codebook, zero, bits, block_size = inputs
+    ctx.save_for_backward(packed, scale, codebook, zero)
+    ctx.bits, ctx.block_size, ctx.in_features = bits, block_size, x.shape[-1]
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    packed, scale, codebook, zero = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = packed_linear_grad_input(
+            grad, packed, scale, codebook, zero, ctx.bits, ctx.block_size, ctx.in_features
+        )
+    return grad_x, None, None, None, None, None, None
+
+
+packed_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("loftq::packed_rows", mutates_args=())
+def packed_rows(
+    rows: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """The dense (n, in) float32 rows of the matrix whose indices ``rows`` (n,) lists: an embedding look-up."""
+    zero = None if zero is None else zero[rows]
+    return kernels.dequantize(packed[rows], scale[rows], codebook, zero, bits, block_size, in_features)
+
+
+@packed_rows.register_fake
+def _(rows, packed, scale, codebook, zero, bits, block_size, in_features):  # type: ignore[no-untyped-def]
+    return scale.new_empty((rows.shape[0], in_features), dtype=torch.float32)

@@ -1,0 +1,88 @@
+"""What all packed layers share: the stored tensors as buffers, and their protection against dtype casts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, storage_layout, stored_scale
+from loftq.config import QuantSpec
+
+
+class PackedWeight(nn.Module):
+    """Mixin of a layer whose ``weight`` is a packed (rows, columns) matrix held in buffers.
+
+    The buffers are named as :func:`loftq.codec.storage_layout` names them: ``weight`` (uint8), ``weight_scale``,
+    ``weight_codebook`` and, where the spec asks for them, ``weight_zero``, ``weight_scale_absmax``,
+    ``weight_scale_offset``. ``.to(dtype)``, ``.half()`` and the like leave them as they are: only the device follows.
+    """
+
+    spec: QuantSpec
+    matrix_shape: tuple[int, int]
+
+    def _register_packed(self, spec: QuantSpec, shape: tuple[int, int], device: Any = None) -> None:
+        self.spec = spec
+        self.matrix_shape = shape
+        for name, info in storage_layout(spec, shape).items():
+            self.register_buffer(name, torch.empty(info.shape, dtype=info.dtype, device=device))
+
+    def _set_quantized(self, quantized: QuantizedTensor) -> None:
+        for name, tensor in quantized.tensors.items():
+            setattr(self, name, tensor)
+
+    def _packed_tensors(self) -> dict[str, Tensor]:
+        tensors = {name: getattr(self, name) for name in storage_layout(self.spec, self.matrix_shape)}
+        tensors["weight"] = tensors["weight"].view(torch.uint8)  # see present_as_int8
+        return tensors
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The stored tensors as a :class:`QuantizedTensor` (no copy)."""
+        return QuantizedTensor(self._packed_tensors(), self.spec, self.matrix_shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix, (out, in) for a linear layer."""
+        return dequantize_stored(self._packed_tensors(), self.spec, self.matrix_shape[1], dtype)
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]:
+        """What the operators of :mod:`loftq.modules.ops` take after their first argument."""
+        tensors = self._packed_tensors()
+        zero = tensors.get("weight_zero")
+        return (
+            tensors["weight"],
+            stored_scale(tensors),
+            tensors["weight_codebook"],
+            None if zero is None else zero.float(),
+            self.spec.bits,
+            self.spec.block_size,
+        )
+
+    def present_as_int8(self) -> None:
+        """Show the same bytes as int8 from now on; they are still saved as uint8.
+
+        T5's feed-forward casts its activations to ``wo.weight.dtype`` unless that is int8, its sign for a quantized
+        weight; uint8 would destroy them.
+        """
+        self.weight = self.weight.view(torch.int8)
+        self.register_state_dict_post_hook(_save_as_uint8)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        names = storage_layout(self.spec, self.matrix_shape)
+        before = {name: self._buffers[name] for name in names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"{super().extra_repr()}, bits={spec.bits}, codebook={spec.codebook}, block_size={spec.block_size}"
+
+
+def _save_as_uint8(module: PackedWeight, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
+    state_dict[prefix + "weight"] = state_dict[prefix + "weight"].view(torch.uint8)
