@@ -34,19 +34,31 @@ def quantize(W: np.ndarray, bits: int, block_size: int = 64) -> np.ndarray:
     return (absmax * levels[codes]).reshape(W.shape)
 
 
+def truncated_svd(residual: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A = U sqrt(sigma), B = V sqrt(sigma), the largest ``rank`` singular values of each."""
+    U, sigma, Vt = np.linalg.svd(residual, full_matrices=False)
+    root = np.sqrt(sigma[:rank])
+    return U[:, :rank] * root, Vt[:rank].T * root
+
+
 def algorithm_1(
-    W: np.ndarray, bits: int, rank: int, T: int, block_size: int = 64
+    W: np.ndarray, bits: int, rank: int, T: int, block_size: int = 64, svd_first: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
-    """Q_T, A_T, B_T and the relative error |W - Q_t - A_t B_t^T| / |W| after every step t = 1 ... T."""
+    """Q_T, A_T, B_T and the relative error |W - Q_t - A_t B_t^T| / |W| after every step t = 1 ... T.
+
+    ``svd_first`` swaps the two lines of the loop (Table 6), starting from Q_0 = 0.
+    """
     W = W.astype(np.float64)
+    Q = np.zeros_like(W)
     A = np.zeros((W.shape[0], rank))
     B = np.zeros((W.shape[1], rank))
     errors = []
     for _ in range(T):
-        Q = quantize(W - A @ B.T, bits, block_size)
-        U, sigma, Vt = np.linalg.svd(W - Q, full_matrices=False)
-        root = np.sqrt(sigma[:rank])
-        A = U[:, :rank] * root
-        B = Vt[:rank].T * root
+        if svd_first:
+            A, B = truncated_svd(W - Q, rank)
+            Q = quantize(W - A @ B.T, bits, block_size)
+        else:
+            Q = quantize(W - A @ B.T, bits, block_size)
+            A, B = truncated_svd(W - Q, rank)
         errors.append(float(np.linalg.norm(W - Q - A @ B.T) / np.linalg.norm(W)))
     return Q, A, B, errors

@@ -195,7 +195,7 @@ class _Unit:
 
 
 def _units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]) -> list[_Unit]:
-    names = model_names(model, source.tensors)  # type: ignore[arg-type]
+    names = model_names(model, source.tensors)
     weights = {f"{name}.weight": plan for name, plan in plans.items()}
     units = []
     for source_name, info in source.tensors.items():
@@ -324,9 +324,9 @@ def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Pr
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = "loftq"  # type: ignore[assignment]
     lora.inference_mode = False
-    peft_model = get_peft_model(model, lora)  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, lora)
     set_peft_model_state_dict(peft_model, state)
-    return peft_model  # type: ignore[return-value]
+    return peft_model
 
 
 @contextmanager

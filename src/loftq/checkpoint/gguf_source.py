@@ -16,7 +16,7 @@ import math
 import mmap
 import struct
 import warnings
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +37,6 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 _CHUNK = 1 << 20  # weights dequantized at a time: 4 MiB of float32 keeps the work space small and in the cache
-_CONVERT = "convert the original model to safetensors and start from that"
 
 
 class _Entry(NamedTuple):
@@ -74,17 +73,21 @@ class GGUFSource:
         metadata, self._entries = _read_contents(self.path)
         self._check_kinds()
         self._architecture = str(metadata["general.architecture"])
-        if metadata.get("split.count", 1) > 1:
+        if metadata.get("split.count", 1) not in (0, 1):
             raise SourceError(
                 f"{self.path} is one of {metadata['split.count']} parts, expected a single file; join them first with "
                 f"`llama-gguf-split --merge`"
             )
         self._config = self._read_config()
         model = self._meta_model()
-        self._rules = _rules(self._architecture, self._config, model)
+        self._rules = self._find_rules(model)
         self._parts: dict[str, list[str]] = {}
         self.tensors = self._match(model, metadata)
-        self._config.dtype = self._main_dtype()
+        # Of most of the weights; the norms beside 16-bit matrices are always stored in float32.
+        sizes: Counter[torch.dtype] = Counter()
+        for info in self.tensors.values():
+            sizes[info.dtype] += math.prod(info.shape)
+        self._config.dtype = sizes.most_common(1)[0][0]
 
     def config(self) -> PretrainedConfig:
         """The configuration that the file's metadata describes; a copy, the caller's own."""
@@ -100,9 +103,7 @@ class GGUFSource:
         parts = self._parts[name]
         tensor = self._rules.convert(name, parts, self._values)
         if tuple(tensor.shape) != info.shape:
-            raise SourceError(
-                f"{self.path} gives {name} the shape {tuple(tensor.shape)}, expected {info.shape}; {_CONVERT}"
-            )
+            raise self._unreadable(f"gives {name} the shape {tuple(tensor.shape)}, expected {info.shape}")
         # Rules work in float32, where a permutation of 16-bit values is exact and an offset loses nothing.
         return tensor.to(info.dtype).contiguous()
 
@@ -121,18 +122,18 @@ class GGUFSource:
                 stacklevel=2,
             )
 
+    def _unreadable(self, problem: str) -> SourceError:
+        return SourceError(f"{self.path} {problem}; convert the original model to safetensors and start from that")
+
     def _check_kinds(self) -> None:
         """Every block format in use must be one that the gguf package can dequantize: try one block of each."""
         import gguf
 
-        for name, entry in self._entries.items():
+        for kind, name in {entry.kind: name for name, entry in self._entries.items()}.items():
             try:
-                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[entry.kind][1]), np.uint8), entry.kind)
+                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
             except NotImplementedError:
-                raise SourceError(
-                    f"{self.path} stores {name} as {entry.kind.name}, which the gguf package cannot dequantize; "
-                    f"{_CONVERT}"
-                ) from None
+                raise self._unreadable(f"stores {name} as {kind.name}, which gguf cannot dequantize") from None
 
     def _read_config(self) -> PretrainedConfig:
         from transformers import AutoConfig
@@ -140,9 +141,9 @@ class GGUFSource:
         try:
             config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:
-            raise SourceError(
-                f"{self.path} holds a model of architecture {self._architecture!r} that transformers cannot read from "
-                f"GGUF ({_first_line(error)}); {_CONVERT}"
+            raise self._unreadable(
+                f"holds a model of architecture {self._architecture!r}, expected one that transformers can read from "
+                f"GGUF ({_first_line(error)})"
             ) from None
         for attribute in ("quantization_config", "_model_name_or_path"):  # the second is the file's title, no path
             if hasattr(config, attribute):
@@ -163,12 +164,21 @@ class GGUFSource:
                 else:
                     model = transformers.AutoModelForSeq2SeqLM.from_config(config)
         except Exception as error:
-            raise SourceError(
-                f"{self.path} describes a {config.model_type!r} model that transformers cannot build "
-                f"({_first_line(error)}); {_CONVERT}"
+            raise self._unreadable(
+                f"describes a {config.model_type!r} model that transformers cannot build ({_first_line(error)})"
             ) from None
         config.architectures = [type(model).__name__]
         return model
+
+    def _find_rules(self, model: PreTrainedModel) -> _ProcessorRules | _ConverterRules:
+        from transformers.integrations.gguf import is_gguf_arch_supported
+
+        try:
+            if is_gguf_arch_supported(self._architecture):
+                return _ConverterRules(self._architecture, self._config)
+            return _ProcessorRules(self._architecture, self._config, model)
+        except (NotImplementedError, ValueError) as error:
+            raise self._unreadable(f"has tensor names that are not known ({_first_line(error)})") from None
 
     def _match(self, model: PreTrainedModel, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
         """The model's parameters and where the file holds them; raises where one is missing, warns of leftovers."""
@@ -185,17 +195,16 @@ class GGUFSource:
         kind = type(model).__name__
         missing = [name for name in shapes if name not in self._parts and name not in tied]
         if missing:
-            raise SourceError(
-                f"{self.path} lacks {len(missing)} of the {len(shapes)} parameters of {kind} ({missing[0]}), or "
-                f"transformers does not know where it keeps them (mixtures of experts are not all supported from GGUF "
-                f"yet); {_CONVERT}"
+            raise self._unreadable(
+                f"lacks {len(missing)} of the {len(shapes)} parameters of {kind} ({missing[0]}), or keeps them where "
+                f"transformers does not look (not all mixtures of experts are supported from GGUF yet)"
             )
         for name, parts in self._parts.items():
             stored = [self._entries[part].shape for part in parts]
             if sum(map(math.prod, stored)) != math.prod(shapes[name]):
-                raise SourceError(
-                    f"{self.path} stores {', '.join(parts)} with shape {', '.join(map(str, stored))}, expected "
-                    f"{shapes[name]} for {name} of {kind}; {_CONVERT}"
+                raise self._unreadable(
+                    f"stores {', '.join(parts)} with shape {', '.join(map(str, stored))}, expected {shapes[name]} for "
+                    f"{name} of {kind}"
                 )
 
         scaling = metadata.get(f"{self._architecture}.rope.scaling.type", "none")
@@ -217,13 +226,6 @@ class GGUFSource:
         kept = {"F16": torch.float16, "BF16": torch.bfloat16}
         dtypes = {kept.get(self._entries[part].kind.name, torch.float32) for part in parts}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    def _main_dtype(self) -> torch.dtype:
-        """What most of the weights are read as; the norms beside 16-bit matrices are always stored in float32."""
-        elements: dict[torch.dtype, int] = {}
-        for info in self.tensors.values():
-            elements[info.dtype] = elements.get(info.dtype, 0) + math.prod(info.shape)
-        return max(elements, key=lambda dtype: elements[dtype])
 
     def _values(self, gguf_name: str) -> np.ndarray:
         """A stored tensor as float32 in the file's own layout; plain reads, so that no mapped page stays resident."""
@@ -305,25 +307,6 @@ class _ConverterRules:
         return rule.convert(name, config=self._config)[name]
 
 
-def _rules(architecture: str, config: PretrainedConfig, model: PreTrainedModel) -> _ProcessorRules | _ConverterRules:
-    """transformers' own choice between its two sets of rules.
-
-    Raises:
-        SourceError: if neither knows the architecture's tensor names.
-    """
-    from transformers.integrations.gguf import is_gguf_arch_supported
-
-    try:
-        if is_gguf_arch_supported(architecture):
-            return _ConverterRules(architecture, config)
-        return _ProcessorRules(architecture, config, model)
-    except (NotImplementedError, ValueError) as error:
-        raise SourceError(
-            f"architecture {architecture!r} has tensor names that are not known from GGUF ({_first_line(error)}); "
-            f"{_CONVERT}"
-        ) from None
-
-
 class _Cursor:
     """Little-endian values one after another; never reads past the end."""
 
@@ -374,10 +357,10 @@ def _read_contents(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 metadata, entries = _parse(_Cursor(data))
-            except (struct.error, ValueError, KeyError, OverflowError) as error:
+            except (struct.error, ValueError, TypeError, OverflowError) as error:
                 raise SourceError(
-                    f"{path} ({total:,} bytes) is a truncated or damaged GGUF file ({_first_line(error)}); fetch the "
-                    f"file again"
+                    f"{path} ({total:,} bytes) is truncated, damaged or of a newer format ({_first_line(error)}); fetch "
+                    f"the file again or update the gguf package"
                 ) from None
     if "general.architecture" not in metadata or not entries:
         raise SourceError(f"{path} names no architecture or holds no tensors, expected a model; check the file")
@@ -419,5 +402,5 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
 
 
 def _first_line(error: Exception) -> str:
-    lines: Iterable[str] = str(error).strip().splitlines()
-    return next(iter(lines), type(error).__name__)
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -164,7 +164,7 @@ class SafetensorsSource:
         buffer = torch.empty(size, dtype=torch.uint8)
         with open(file, "rb") as stream:
             stream.seek(begin)
-            if stream.readinto(buffer.numpy()) != size:  # type: ignore[attr-defined]
+            if stream.readinto(memoryview(as_bytes(buffer))) != size:
                 raise SourceError(f"{file} ends inside tensor {name}; fetch the checkpoint again")
         return buffer.view(info.dtype).view(info.shape) if size else torch.empty(info.shape, dtype=info.dtype)
 
@@ -239,6 +239,11 @@ def read_config(path: Path) -> PretrainedConfig:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
+
+
+def as_bytes(tensor: Tensor) -> Any:
+    """A contiguous CPU tensor's memory as a flat uint8 array, shared."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def sha256_file(path: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq.checkpoint.source import DTYPE_NAMES
+from loftq.checkpoint.source import DTYPE_NAMES, as_bytes
 from loftq.codec.qtensor import TensorInfo
 from loftq.errors import OutputError
 
@@ -183,7 +183,7 @@ class Staging:
                 file, begin, info = self._where[key]
                 if (tensor.dtype, tuple(tensor.shape)) != info:
                     raise AssertionError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}, planned {info}")
-                data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                data = memoryview(as_bytes(tensor.cpu().contiguous()))
                 stream = self._streams[file]
                 stream.seek(begin)
                 stream.write(data)

@@ -1,0 +1,53 @@
+"""The command line: one module a verb. What a verb needs is imported when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from loftq.cli.evaluate import evaluate
+from loftq.cli.export import export
+from loftq.cli.generate import generate
+from loftq.cli.inspect import inspect
+from loftq.cli.quantize import quantize
+from loftq.cli.quickstart import quickstart
+from loftq.errors import LoftQError
+
+app = typer.Typer(
+    name="loftq",
+    help="Turn a pretrained model into a packed k-bit backbone and a LoRA adapter that together start where it was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb in (quickstart, quantize, inspect, evaluate, generate, export):
+    app.command()(_verb)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from loftq import __version__
+
+        typer.echo(f"loftq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except LoftQError as error:
+        typer.echo(f"loftq: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("loftq: interrupted; an unfinished quantization continues when the command is run again", err=True)
+        sys.exit(130)

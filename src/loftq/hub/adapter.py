@@ -74,13 +74,13 @@ def lora_config(
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     return LoraConfig(
         r=config.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         use_rslora=config.use_rslora,
         lora_dropout=config.lora_dropout,
         target_modules=minimal_target_names(set(plans), model),
         rank_pattern=ranks,
         alpha_pattern=dict(ranks) if config.lora_alpha is None else {},
-        task_type=task_type(type(model).__name__),  # type: ignore[arg-type]
+        task_type=task_type(type(model).__name__),
         base_model_name_or_path=base,
         inference_mode=True,
     )

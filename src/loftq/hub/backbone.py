@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from loftq.checkpoint.source import SafetensorsSource, read_json
+from loftq.checkpoint.source import SafetensorsSource, as_bytes, read_json
 from loftq.errors import BackboneMismatchError, SourceError
 from loftq.hub.adapter import ADAPTER_CONFIG, BACKBONE_KEY
 
@@ -29,8 +27,7 @@ def backbone_sha256(directory: Path) -> str:
     source = SafetensorsSource(Path(directory))
     digests = {}
     for name in source.tensors:
-        data = source.read(name).reshape(-1).view(torch.uint8).numpy()
-        digests[name] = hashlib.sha256(memoryview(data)).hexdigest()
+        digests[name] = hashlib.sha256(memoryview(as_bytes(source.read(name)))).hexdigest()
     return combine_digests(digests)
 
 

@@ -48,7 +48,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
                 f"the quantization_config has format_version {format_version} and fields {sorted(unknown)}, expected "
                 f"version {FORMAT_VERSION} and no others; install the version of loftq that wrote it"
             )
-        self.quant_method = "loftq"  # type: ignore[assignment]
+        self.quant_method = "loftq"
         self.format_version = format_version
         self.spec = QuantSpec.from_dict(spec or {}).to_dict()
         self.modules = {name: dict(changes) for name, changes in (modules or {}).items()}
@@ -118,14 +118,13 @@ def find_name(recorded: str, modules: Any, prefix: str) -> str | None:
 
 def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
     """An empty packed layer on the meta device that takes the place of a dense one."""
-    dtype = module.weight.dtype  # type: ignore[union-attr]
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    weight: Any = module.weight
+    rows, columns = weight.shape
     if isinstance(module, nn.Embedding):
-        return QuantEmbedding(rows, columns, module.padding_idx, spec=spec, device="meta", dtype=dtype)  # type: ignore[arg-type, return-value]
+        return QuantEmbedding(rows, columns, module.padding_idx, spec=spec, device="meta", dtype=weight.dtype)
     if is_transposed(module):
         rows, columns = columns, rows
-    has_bias = module.bias is not None
-    return QuantLinear(columns, rows, has_bias, spec=spec, device="meta", dtype=dtype)  # type: ignore[arg-type]
+    return QuantLinear(columns, rows, module.bias is not None, spec=spec, device="meta", dtype=weight.dtype)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -45,7 +45,8 @@ class QuantEmbedding(PackedWeight, nn.Embedding):
 
     @property
     def output_dtype(self) -> torch.dtype:
-        return self._like.dtype
+        dtype: torch.dtype = self._like.dtype  # type: ignore[assignment]
+        return dtype
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, spec: QuantSpec) -> QuantEmbedding:

@@ -36,7 +36,7 @@ class QuantLinear(PackedWeight, nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self._register_packed(spec, (out_features, in_features), device)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None  # type: ignore[assignment]
 
     @classmethod
     def from_linear(cls, linear: nn.Module, spec: QuantSpec) -> QuantLinear:
@@ -80,7 +80,8 @@ def dense_weight(linear: nn.Module) -> Tensor:
         WeightError: for any other module, and for a layer that is packed already.
     """
     if is_transposed(linear):
-        return linear.weight.detach().T.contiguous()  # type: ignore[operator, union-attr]
+        weight: Tensor = linear.weight  # type: ignore[assignment]
+        return weight.detach().T.contiguous()
     if isinstance(linear, PackedWeight) or not isinstance(linear, nn.Linear):
         raise WeightError(
             f"got a {type(linear).__name__}, expected a dense torch.nn.Linear or a transformers Conv1D to quantize"

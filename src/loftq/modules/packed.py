@@ -20,6 +20,7 @@ class PackedWeight(nn.Module):
     ``weight_scale_offset``. ``.to(dtype)``, ``.half()`` and the like leave them as they are: only the device follows.
     """
 
+    weight: Any
     spec: QuantSpec
     matrix_shape: tuple[int, int]
 

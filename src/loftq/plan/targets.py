@@ -69,10 +69,11 @@ def plan_modules(model: nn.Module, config: LoftQConfig) -> dict[str, ModulePlan]
 
 
 def _describe(module: nn.Module) -> tuple[str, tuple[int, int]]:
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    weight: Any = module.weight
+    rows, columns = weight.shape
     if is_transposed(module):
-        return "conv1d", (columns, rows)  # type: ignore[return-value]
-    return ("embedding" if isinstance(module, nn.Embedding) else "linear"), (rows, columns)  # type: ignore[return-value]
+        return "conv1d", (columns, rows)
+    return ("embedding" if isinstance(module, nn.Embedding) else "linear"), (rows, columns)
 
 
 def _select(model: nn.Module, config: LoftQConfig) -> dict[str, nn.Module]:
@@ -111,7 +112,7 @@ def _select(model: nn.Module, config: LoftQConfig) -> dict[str, nn.Module]:
 
 
 def _input_embedding(model: nn.Module, tied: set[str]) -> dict[str, nn.Module]:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
     name = next((n for n, m in model.named_modules() if m is embedding and m is not None), None)
     if name is None or not isinstance(embedding, nn.Embedding):
         raise ConfigError(f"quantize_embeddings is on, but {type(model).__name__} has no input embedding; turn it off")
@@ -129,7 +130,7 @@ def _head_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         heads = {name for name, _ in model.named_children() if name != prefix}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     return heads | {n for n, m in modules.items() if output is not None and m is output}
 
 

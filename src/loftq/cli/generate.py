@@ -1,0 +1,40 @@
+"""``loftq generate``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Quantized folder, or any causal language model's folder or hub id.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")],
+    adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the backbone alone.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.", min=0.0)] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    json_output: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as JSON.")] = False,
+) -> None:
+    """Continue a prompt."""
+    from loftq.evaluate.models import continue_prompt, load_for_inference, load_tokenizer
+    from loftq.report.tables import print_json
+
+    loaded = load_for_inference(model, adapter=adapter, use_adapter=not no_adapter, dtype=dtype)
+    text = continue_prompt(
+        loaded,
+        load_tokenizer(model),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat=chat,
+        seed=seed,
+    )
+    if json_output:
+        print_json({"model": model, "prompt": prompt, "continuation": text})
+    else:
+        typer.echo(text)

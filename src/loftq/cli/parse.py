@@ -1,0 +1,55 @@
+"""Turning option values into what the API takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+
+from loftq.errors import ConfigError
+
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)
+
+
+def module_patterns(values: list[str] | None) -> str | tuple[str, ...] | None:
+    """``--target-modules q_proj,v_proj`` or repeated: a list of names. One value with regex signs: an expression."""
+    if not values:
+        return None
+    if len(values) == 1 and (values[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", values[0])):
+        return values[0]
+    return tuple(name for value in values for name in re.split(r"[,\s]+", value) if name)
+
+
+def int_patterns(option: str, values: Iterable[str] | None) -> dict[str, int]:
+    """``--bits-pattern down_proj=4`` -> ``{"down_proj": 4}``."""
+    result = {}
+    for value in values or ():
+        pattern, equals, number = value.rpartition("=")
+        if not equals or not pattern or not number.strip().isdigit():
+            raise ConfigError(f"{option} is {value!r}, expected PATTERN=NUMBER such as down_proj=4")
+        result[pattern] = int(number)
+    return result
+
+
+def first_layers(value: str | None) -> tuple[int, int] | None:
+    """``--first-layers-bits 16:4`` -> ``(16, 4)``."""
+    if value is None:
+        return None
+    count, colon, bits = value.partition(":")
+    if not colon or not count.isdigit() or not bits.isdigit():
+        raise ConfigError(f"--first-layers-bits is {value!r}, expected LAYERS:BITS such as 16:4")
+    return int(count), int(bits)
+
+
+def byte_size(option: str, value: str) -> int:
+    """``5GB`` -> 5000000000 (decimal units, as transformers reads them)."""
+    match = _SIZE.match(value.strip())
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f"{option} is {value!r}, expected a size such as 500MB or 5GB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def this_command() -> str:
+    """The command line as it was given, quoted for a shell."""
+    return shlex.join(["loftq", *sys.argv[1:]])

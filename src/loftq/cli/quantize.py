@@ -1,0 +1,102 @@
+"""``loftq quantize``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq.cli import parse
+from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, PUBLISHED, SCALE_DTYPES, SCALES, SVDS, LoftQConfig
+from loftq.errors import ConfigError
+
+_DEFAULT = LoftQConfig()
+
+
+def _choices(values: tuple[object, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create; absent or empty.")],
+    bits: Annotated[int, typer.Option(help=f"Bits per weight: {_choices(BITS)}.")] = _DEFAULT.bits,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapter.")] = _DEFAULT.rank,
+    iters: Annotated[
+        int, typer.Option("--iters", "--iter", help="Alternations T; 0 is plain quantization (QLoRA).")
+    ] = _DEFAULT.num_iter,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the rank by default.")] = None,
+    use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
+    method: Annotated[str, typer.Option(help=f"{_choices(METHODS)}.")] = _DEFAULT.method,
+    svd: Annotated[str, typer.Option(help=f"Truncated SVD: {_choices(SVDS)}.")] = _DEFAULT.svd,
+    codebook: Annotated[str | None, typer.Option(help=f"{_choices(CODEBOOKS)}. [default: lloyd]")] = None,
+    block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {_choices(BLOCK_SIZES)}.")] = 64,
+    scale: Annotated[str | None, typer.Option(help=f"{_choices(SCALES)}. [default: search]")] = None,
+    scale_dtype: Annotated[str | None, typer.Option(help=f"{_choices(SCALE_DTYPES)}. [default: float16]")] = None,
+    double_quant: Annotated[bool, typer.Option(help="Store scales in 8 bits.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
+    ] = False,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="all-linear, names, or a regular expression, as in PEFT.")
+    ] = None,
+    exclude_modules: Annotated[list[str] | None, typer.Option(help="Names or a regular expression.")] = None,
+    bits_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")] = None,
+    rank_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=RANK, repeatable.")] = None,
+    first_layers_bits: Annotated[
+        str | None, typer.Option(help="LAYERS:BITS, the paper's mixed precision, e.g. 16:4.")
+    ] = None,
+    quantize_embeddings: Annotated[bool, typer.Option(help="Quantize the input embedding as well.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "50GB",
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Turn a checkpoint into a packed k-bit backbone and a PEFT adapter, one tensor at a time."""
+    spec = {"codebook": codebook, "scale": scale, "scale_dtype": scale_dtype}
+    chosen = {name: value for name, value in spec.items() if value is not None}
+    if published and chosen:
+        raise ConfigError(
+            f"--published already sets the quantizer, but --{next(iter(chosen)).replace('_', '-')} was given too; give one"
+        )
+    config = LoftQConfig(
+        bits=bits,
+        rank=rank,
+        num_iter=iters,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        lora_dropout=lora_dropout,
+        method=method,
+        svd=svd,
+        block_size=block_size,
+        double_quant=double_quant,
+        target_modules=parse.module_patterns(target_modules) or "all-linear",
+        exclude_modules=parse.module_patterns(exclude_modules),
+        bits_pattern=parse.int_patterns("--bits-pattern", bits_pattern),
+        rank_pattern=parse.int_patterns("--rank-pattern", rank_pattern),
+        first_layers_bits=parse.first_layers(first_layers_bits),
+        quantize_embeddings=quantize_embeddings,
+        seed=seed,
+        **(PUBLISHED if published else chosen),
+    )
+    shard_bytes = parse.byte_size("--max-shard-size", max_shard_size)
+
+    from loftq.pipeline import quantize_checkpoint
+    from loftq.report.tables import print_json, print_report
+
+    report = quantize_checkpoint(
+        model,
+        out,
+        config,
+        resume=resume,
+        revision=revision,
+        max_shard_bytes=shard_bytes,
+        command=parse.this_command(),
+    )
+    if json_output:
+        print_json(report.to_dict())
+    else:
+        print_report(report, out, modules=False)

@@ -1,0 +1,135 @@
+"""Loading whatever a user points at for evaluation and generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.config import one_of
+from loftq.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def is_quantized(model: str | Path) -> bool:
+    """Whether the folder is one that ``loftq quantize`` has written."""
+    from loftq.hub.backbone import read_quantization_config
+
+    try:
+        read_quantization_config(Path(model))
+    except SourceError:
+        return False
+    return True
+
+
+def load_for_inference(
+    model: str | Path, *, adapter: Path | None = None, use_adapter: bool = True, dtype: str = "auto"
+) -> nn.Module:
+    """A causal language model in eval mode: a quantized folder with its adapter, or any transformers model.
+
+    ``dtype="auto"`` is float32 on the CPU, where half precision is slower or less exact, and the checkpoint's elsewhere.
+
+    Raises:
+        SourceError: if there is no such model. ConfigError: for contradicting options.
+    """
+    import transformers
+
+    from loftq.hub.load import load, load_backbone
+
+    one_of("dtype", dtype, _DTYPES)
+    if adapter is not None and not use_adapter:
+        raise ConfigError("--adapter and --no-adapter were both given; give one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
+    loaded: nn.Module
+    if is_quantized(model):
+        if use_adapter:
+            loaded = load(model, adapter=adapter, dtype=chosen)
+        else:
+            loaded = load_backbone(model, dtype=chosen)
+    else:
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=chosen, trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SourceError(f"{model} does not load as a causal language model ({_first_line(error)})") from None
+        if adapter is not None:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        SourceError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:
+        raise SourceError(
+            f"{model} has no tokenizer that transformers can read ({_first_line(error)}); put the source's tokenizer files "
+            f"beside the model"
+        ) from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> Tensor:
+    """(n,) token ids of a text, cut to ``max_tokens``."""
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"max_tokens is {max_tokens}, expected at least 2")
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return ids if max_tokens is None else ids[:max_tokens]
+
+
+def default_window(model: nn.Module, window: int | None) -> int:
+    """The window asked for, or 1024, or what the model's positions allow."""
+    if window is not None:
+        return window
+    return min(1024, getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1024)
+
+
+def continue_prompt(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    chat: bool = False,
+    seed: int = 0,
+) -> str:
+    """The text a model adds to a prompt, greedily or sampled.
+
+    Raises:
+        ConfigError: for a chat without a chat template.
+    """
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ConfigError("--chat was given, but the model's tokenizer has no chat template; leave it out")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    inputs = inputs.to(next(model.parameters()).device)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)  # type: ignore[operator]
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

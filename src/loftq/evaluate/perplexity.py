@@ -1,0 +1,120 @@
+"""Perplexity of a causal language model, with its standard error.
+
+    ppl = exp(mean of -log p(token | the tokens before it in its window))
+
+Windows of ``window`` tokens advance by ``stride``; with ``stride < window`` a token is scored once, with at least
+``window - stride`` tokens of context. The standard error is that of the mean over tokens, carried through exp:
+``ppl * std(nll) / sqrt(n)``. Neighbouring tokens are correlated, so it is a lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.config import positive_int
+from loftq.errors import ConfigError, SourceError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``perplexity`` ± ``standard_error`` over ``tokens`` scored tokens; ``nll`` is the mean in nats."""
+
+    perplexity: float
+    standard_error: float
+    nll: float
+    tokens: int
+    window: int
+    stride: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 1,
+    advance: Callable[[str, int], None] = lambda what, tokens: None,
+) -> Perplexity:
+    """Score token ids with a causal language model.
+
+    Args:
+        model: returns ``logits`` (batch, tokens, vocabulary); set to eval mode for the duration.
+        ids: (n,) token ids.
+        window: tokens the model sees at once.
+        stride: how far the window advances; by default the window, so that windows do not overlap.
+        batch_size: full windows scored together.
+        advance: called with the number of tokens scored.
+
+    Raises:
+        ConfigError: for a window below 2 or beyond the model's positions, or a stride beyond the window.
+        SourceError: for fewer than 2 tokens.
+    """
+    stride = window if stride is None else stride
+    positive_int("window", window, 2)
+    positive_int("stride", stride)
+    positive_int("batch_size", batch_size)
+    if stride > window:
+        raise ConfigError(f"stride is {stride}, expected at most the window of {window}, or tokens would be left out")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise ConfigError(
+            f"window is {window}, but the model has {limit} positions; choose a window of at most {limit}"
+        )
+    ids = ids.flatten()
+    if ids.numel() < 2:
+        raise SourceError(f"the text has {ids.numel()} tokens, expected at least 2 to predict one from another")
+
+    device = next(p.device for p in model.parameters())
+    was_training = model.training
+    model.eval()
+    losses: list[Tensor] = []
+    try:
+        for batch, fresh in _windows(ids, window, stride, batch_size):
+            logits = model(input_ids=batch[:, :-1].to(device)).logits.float()
+            targets = batch[:, 1:].to(device)
+            loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            losses.append(loss[:, -fresh:].flatten().double().cpu())
+            advance("tokens", losses[-1].numel())
+    finally:
+        model.train(was_training)
+    nll = torch.cat(losses)
+    mean = float(nll.mean())
+    # exp beyond float64 is a broken model, not a crash
+    value = math.exp(mean) if mean < 700 else math.inf
+    deviation = float(nll.std()) if nll.numel() > 1 else 0.0
+    return Perplexity(value, value * deviation / math.sqrt(nll.numel()), mean, nll.numel(), window, stride)
+
+
+def _windows(ids: Tensor, window: int, stride: int, batch_size: int) -> list[tuple[Tensor, int]]:
+    """Batches of (rows, inputs + 1) token ids, and how many of a row's last tokens have not been scored before.
+
+    A window's last input predicts the token after it, where the next window begins: every token but the first of the
+    text is scored exactly once.
+    """
+    batches: list[tuple[Tensor, int]] = []
+    pending: list[Tensor] = []
+    pending_fresh = 0
+    scored = 1
+    for start in range(0, ids.numel() - 1, stride):
+        stop = min(start + window + 1, ids.numel())
+        piece, fresh = ids[start:stop], stop - scored
+        if fresh <= 0:
+            break
+        if pending and (len(pending) == batch_size or (piece.numel(), fresh) != (pending[0].numel(), pending_fresh)):
+            batches.append((torch.stack(pending), pending_fresh))
+            pending = []
+        pending.append(piece)
+        pending_fresh, scored = fresh, stop
+    batches.append((torch.stack(pending), pending_fresh))
+    return batches

@@ -1,0 +1,176 @@
+"""What a starting point is worth, on a real model, in minutes: the table of ``loftq quickstart``.
+
+Each row is one run of ``loftq quantize`` in a process of its own, so that its time and peak memory are its own, and an
+evaluation of the folder it wrote. The text is the standard library's documentation: every Python has it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import LoftQError, OutputError, SourceError
+from loftq.evaluate.models import default_window, encode, load_for_inference, load_tokenizer
+from loftq.evaluate.perplexity import perplexity
+from loftq.evaluate.text import BUILTIN, builtin_text
+from loftq.report.progress import bar
+from loftq.report.system import machine, versions
+
+RESULTS = "quickstart.json"
+KEPT = "loftq-2bit"  # the folder that stays, for the commands printed at the end
+
+# Share of the built-in text before the evaluated slice begins; what lies before it is free for calibration.
+_SLICE_BEGINS = 0.6
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: a label, the folder's name and the options of ``loftq quantize``."""
+
+    label: str
+    folder: str
+    options: tuple[str, ...]
+
+
+VARIANTS = (
+    Variant("QLoRA, 2 bits", "qlora-2bit", ("--bits", "2", "--method", "qlora", "--published")),
+    Variant("LoftQ as published, 2 bits", "published-2bit", ("--bits", "2", "--published", "--iters", "5")),
+    Variant("loftq, 2 bits", KEPT, ("--bits", "2")),
+    Variant("loftq, 3 bits", "loftq-3bit", ("--bits", "3")),
+    Variant("loftq, 4 bits", "loftq-4bit", ("--bits", "4")),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``None`` where a column does not apply."""
+
+    label: str
+    bits_per_weight: float
+    backbone_bytes: int
+    adapter_bytes: int
+    weight_error: float | None
+    perplexity: float
+    perplexity_se: float
+    seconds: float | None
+    peak_memory_bytes: int | None
+    command: str | None
+
+
+def run(
+    model: str | None, work_dir: Path, *, rank: int = 64, max_tokens: int = 4096, keep_all: bool = False
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Yield each row as it is measured, with the results so far as they stand in ``quickstart.json``.
+
+    Args:
+        model: folder or hub id of a causal language model; ``None`` for the embedded default.
+        work_dir: where folders and results go; created.
+        rank: of the adapters.
+        max_tokens: tokens to evaluate on.
+        keep_all: keep every quantized folder, not only the 2-bit one.
+
+    Raises:
+        SourceError, OutputError: one sentence each.
+    """
+    if work_dir.exists() and any(work_dir.iterdir()) and not (work_dir / RESULTS).exists():
+        raise OutputError(f"{work_dir} holds something else than an earlier quickstart; choose another with --out")
+    work_dir.mkdir(parents=True, exist_ok=True)
+    source = model or str(_default_model())
+    tokenizer = load_tokenizer(source)
+    text = builtin_text()
+    ids = encode(tokenizer, text[int(len(text) * _SLICE_BEGINS) :], max_tokens)
+    results: dict[str, Any] = {
+        "model": model or "SmolLM2-135M-Instruct (embedded default)",
+        "rank": rank,
+        "text": {"name": BUILTIN, "begins_at": _SLICE_BEGINS, "tokens": ids.numel()},
+        "machine": machine(),
+        "versions": versions(),
+        "rows": [],
+    }
+
+    def finish(row: Row) -> tuple[Row, dict[str, Any]]:
+        results["rows"].append(asdict(row))
+        (work_dir / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return row, results
+
+    def measure(folder: str, label: str) -> tuple[float, float, Any]:
+        loaded = load_for_inference(folder)
+        window = default_window(loaded, None)
+        results["text"]["window"] = window
+        with bar(ids.numel() - 1, f"evaluating {label}:", "tokens") as advance:
+            result = perplexity(loaded, ids, window=window, advance=advance)
+        return result.perplexity, result.standard_error, loaded
+
+    (work_dir / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    value, deviation, loaded = measure(source, "full precision")
+    total, bits = _checkpoint_size(source)
+    del loaded
+    yield finish(Row("full precision", bits, total, 0, None, value, deviation, None, None, None))
+
+    for variant in VARIANTS:
+        out = work_dir / variant.folder
+        shutil.rmtree(out, ignore_errors=True)
+        options = ["quantize", source, "--out", str(out), "--rank", str(rank), *variant.options]
+        report = _run_loftq([*options, "--json", "--no-resume"])
+        value, deviation, loaded = measure(str(out), variant.label)
+        del loaded
+        totals, timing = report["totals"], report["timing"]
+        row = Row(
+            variant.label,
+            totals["bits_per_weight"],
+            totals["weight_bytes"] + totals["other_bytes"],
+            totals["adapter_bytes"],
+            totals["mean_error"],
+            value,
+            deviation,
+            timing["seconds"],
+            timing["peak_memory_bytes"],
+            shlex.join(["loftq", *options]),
+        )
+        if variant.folder != KEPT and not keep_all:
+            shutil.rmtree(out)
+        yield finish(row)
+
+
+def _default_model() -> Path:
+    from loftq.checkpoint.default_model import default_model_dir
+
+    return default_model_dir()
+
+
+def _run_loftq(arguments: list[str]) -> dict[str, Any]:
+    """Run the command line in a new process and return the JSON it prints."""
+    command = [sys.executable, "-c", "from loftq.cli import main; main()", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise LoftQError(
+            f"`loftq {shlex.join(arguments)}` failed with exit code {done.returncode}; see its message above"
+        )
+    return json.loads(done.stdout)
+
+
+def _checkpoint_size(model: str) -> tuple[int, float]:
+    """Bytes of a checkpoint's tensors, and the bits of its widest floating dtype."""
+    from loftq.checkpoint.source import open_source
+
+    infos = open_source(model).tensors.values()
+    floating = [i.dtype.itemsize for i in infos if i.dtype.is_floating_point]
+    if not floating:
+        raise SourceError(f"{model} has no floating-point tensors, expected a full-precision model")
+    return sum(i.nbytes for i in infos), 8.0 * max(floating)
+
+
+def next_commands() -> list[str]:
+    """What a user runs next on a model of their own."""
+    return [
+        "loftq quantize MODEL --bits 2 --rank 64 --out my-model-2bit",
+        "loftq evaluate my-model-2bit --text my-text.txt",
+        'loftq generate my-model-2bit --prompt "Once upon a time"',
+    ]
