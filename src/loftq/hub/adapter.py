@@ -25,9 +25,6 @@ _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
 }
 
 
@@ -87,7 +84,11 @@ def lora_config(
 
 
 def task_type(class_name: str) -> str | None:
-    """PEFT's task type for a transformers class, or ``None``."""
+    """PEFT's task type for a transformers class, or ``None``.
+
+    Not the types with a trained head (``SEQ_CLS`` and the like): PEFT would look for that head in the adapter's file, and
+    the fitted adapter is one initialisation for many tasks.
+    """
     found = next((task for ending, task in _TASK_TYPES.items() if class_name.endswith(ending)), None)
     return found or ("FEATURE_EXTRACTION" if class_name.endswith("Model") else None)
 

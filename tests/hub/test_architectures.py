@@ -1,0 +1,52 @@
+"""Every architecture: quantize a checkpoint, load it, and compare with a dense model that holds Q + scaling * B A."""
+
+import pytest
+import torch
+from tiny import CLASSES, densify, first_output, tiny_model
+
+import loftq
+from loftq.modules import PackedWeight, QuantEmbedding
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_loaded_equals_dense(name, bits, tmp_path):
+    original = tiny_model(name)
+    original.save_pretrained(tmp_path / "source")
+    config = loftq.LoftQConfig(bits=bits, rank=8, num_iter=2)
+    report = loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", config)
+    loaded = loftq.load(tmp_path / "out")
+    packed = [n for n, m in loaded.named_modules() if isinstance(m, PackedWeight)]
+    assert len(packed) == len(report.modules) > 0
+
+    before = first_output(original, name)
+    actual = first_output(loaded, name)
+    expected = first_output(densify(original, loaded), name)
+    worst = (actual - expected).abs().max()
+    assert worst < 1e-4, f"largest difference {worst:.2e}"
+    assert not torch.allclose(expected, before, atol=1e-3), "quantization changed nothing"
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2"])
+def test_quantized_embeddings(name, tmp_path):
+    original = tiny_model(name)
+    original.save_pretrained(tmp_path / "source")
+    config = loftq.LoftQConfig(bits=4, rank=8, quantize_embeddings=True)
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", config)
+    loaded = loftq.load(tmp_path / "out")
+    assert any(isinstance(m, QuantEmbedding) for m in loaded.modules())
+    actual = first_output(loaded, name)
+    expected = first_output(densify(original, loaded), name)
+    assert (actual - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_live_model_equals_checkpoint(name, tmp_path):
+    """``quantize_model`` and ``quantize_checkpoint`` give the same layers and adapters."""
+    config = loftq.LoftQConfig(bits=3, rank=4, num_iter=2)
+    tiny_model(name).save_pretrained(tmp_path / "source")
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", config)
+    live = loftq.quantize_model(tiny_model(name), config)
+    loaded = loftq.load(tmp_path / "out")
+    torch.testing.assert_close(first_output(live, name), first_output(loaded, name), rtol=0, atol=1e-5)
+    assert any(p.requires_grad for p in live.parameters())
