@@ -9,7 +9,13 @@ from torch import nn
 from loftq.modules import PackedWeight
 from loftq.modules.linear import is_transposed
 
-_SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def _config(name: str) -> tf.PretrainedConfig:

@@ -38,7 +38,9 @@ def specs(*args, **kwargs):
 HALF = ("float16",)
 EVERYTHING = pytest.mark.parametrize(
     "spec",
-    combine() + combine(block_sizes=(32, 128, 256), scale_dtypes=HALF) + combine(scale_dtypes=HALF, double_quant=(True,)),
+    combine()
+    + combine(block_sizes=(32, 128, 256), scale_dtypes=HALF)
+    + combine(scale_dtypes=HALF, double_quant=(True,)),
     ids=name_of,
 )
 
@@ -271,7 +273,9 @@ def test_huge_and_tiny_weights(spec, factor):
     assert scaled == pytest.approx(plain, abs=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["float16", "bfloat16", "float64"]
+)
 @specs(scale_dtypes=HALF)
 def test_other_dtypes_are_quantized_as_float32(spec, dtype):
     weight = gaussian(5, 100).to(dtype)

@@ -8,8 +8,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-import transcription
 
+import transcription
 from loftq.codec.codebook import codebook, dynamic_map, thresholds
 from loftq.config import BITS, CODEBOOKS
 from loftq.errors import ConfigError

@@ -10,7 +10,12 @@ from loftq.codec import QuantizedTensor, quantize, storage_layout
 from loftq.config import BITS, CODEBOOKS, QuantSpec
 from loftq.errors import WeightError
 
-SPECS = [QuantSpec(bits, codebook, double_quant=double) for bits in BITS for codebook in CODEBOOKS for double in (False, True)]
+SPECS = [
+    QuantSpec(bits, codebook, double_quant=double)
+    for bits in BITS
+    for codebook in CODEBOOKS
+    for double in (False, True)
+]
 
 
 def name_of(spec: QuantSpec) -> str:
@@ -50,7 +55,9 @@ def test_safetensors_round_trip_is_bitwise(weight, spec, tmp_path):
     for name, tensor in quantized.tensors.items():
         loaded = again.tensors[name]
         assert loaded.dtype == tensor.dtype
-        assert loaded.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8)), name
+        assert loaded.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8)), (
+            name
+        )
     assert torch.equal(again.dequantize(), quantized.dequantize())
 
 

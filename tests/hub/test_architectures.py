@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import CLASSES, densify, first_output, tiny_model
 
 import loftq
 from loftq.modules import PackedWeight, QuantEmbedding
+from tiny import CLASSES, densify, first_output, tiny_model
 
 
 @pytest.mark.parametrize("name", CLASSES)

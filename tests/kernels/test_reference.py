@@ -111,7 +111,9 @@ def test_dequantize(bits, rows, n, block_size, with_zero):
         assert torch.equal(compiled, defined)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64], ids=["float16", "bfloat16", "float64"]
+)
 @widths
 def test_dequantize_to_another_dtype_rounds_the_float32_result(bits, dtype):
     codes = torch.randint(0, 2**bits, (5, 70), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 
 import numpy as np
 import pytest
 import torch
-import transcription
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import transcription
 from loftq.codec import quantize
 from loftq.config import BITS, CODEBOOKS, METHODS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
@@ -27,8 +28,9 @@ LAYER = [
     "output.dense",
 ]
 
-# Rounding an element that lies on a threshold the other way changes the trajectory. Where the float64 transcription
-# itself moves by more than 1e-6 over 5 steps when the weights change by 1e-7 of themselves, the tolerance is wider.
+# An element on a threshold that rounds the other way changes the trajectory from there on. For these matrices the
+# float64 transcription's own errors move by up to 3e-5 within 5 steps when the weights change by 1e-7 of themselves
+# (float32 rounding); for the others by at most 2e-7.
 SENSITIVE = {"attention.output.dense": 1e-4, "intermediate.dense": 5e-5, "output.dense": 1e-4}
 
 
@@ -57,6 +59,7 @@ def test_published_settings_equal_the_transcription(minilm_layer2, name, bits, n
     tolerance = 1e-5 if num_iter == 1 else SENSITIVE.get(name, 1e-5)
     differences = [ours - theirs for ours, theirs in zip(result.errors[1:], expected, strict=True)]
     assert max(map(abs, differences)) <= tolerance, f"differences per step {differences}"
+    assert true_error(weight, result) == pytest.approx(result.error, abs=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 4], ids=["2bit", "4bit"])
@@ -99,7 +102,7 @@ def test_svd_first_equals_the_transcription(minilm_layer2, bits):
 @pytest.mark.parametrize(
     ("alpha", "rslora"),
     [(2, False), (8, False), (16, False), (None, False), (2, True), (8, True), (16, True), (None, True)],
-    ids=["r÷4", "r", "2r", "default", "r÷4-rslora", "r-rslora", "2r-rslora", "default-rslora"],
+    ids=["r/4", "r", "2r", "default", "r/4-rslora", "r-rslora", "2r-rslora", "default-rslora"],
 )
 @pytest.mark.parametrize("num_iter", [1, 5], ids=["T1", "T5"])
 @pytest.mark.parametrize("method", ["loftq", "loftq-svd-first"])
@@ -114,16 +117,15 @@ def test_result_does_not_depend_on_alpha(method, num_iter, alpha, rslora):
     assert true_error(weight, result) == pytest.approx(result.error, abs=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [8, 16, 32, 64], ids=["r÷4", "16", "r", "2r"])
-@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+@pytest.mark.parametrize("name", ["attention.self.query", "attention.self.value", "intermediate.dense"])
 @pytest.mark.parametrize("bits", [2, 4], ids=["2bit", "4bit"])
-def test_real_weight_reproduces_the_reported_error_for_every_alpha(minilm_layer2, bits, rslora, alpha):
-    weight = minilm_layer2["attention.self.query"]
-    spec = QuantSpec(bits, **PUBLISHED)
-    result = decompose(weight, spec, rank=32, svd="exact", lora_alpha=alpha, use_rslora=rslora)
-    reference = decompose(weight, spec, rank=32, svd="exact")
-    assert true_error(weight, result) == pytest.approx(result.error, abs=1e-5)
-    assert true_error(weight, result) == pytest.approx(true_error(weight, reference), abs=1e-5)
+def test_real_weight_reproduces_the_reported_error_for_every_alpha(minilm_layer2, bits, name):
+    weight, spec = minilm_layer2[name], QuantSpec(bits, **PUBLISHED)
+    expected = decompose(weight, spec, rank=32, num_iter=2, svd="exact").error
+    for alpha, rslora in itertools.product((8, 16, 32, 64), (False, True)):
+        result = decompose(weight, spec, rank=32, num_iter=2, svd="exact", lora_alpha=alpha, use_rslora=rslora)
+        assert true_error(weight, result) == pytest.approx(result.error, abs=1e-5), (alpha, rslora)
+        assert true_error(weight, result) == pytest.approx(expected, abs=1e-5), (alpha, rslora)
 
 
 @pytest.mark.parametrize(

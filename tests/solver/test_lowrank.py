@@ -29,7 +29,9 @@ def best_error(matrix: Tensor, rank: int) -> float:
 
 
 @pytest.mark.parametrize("method", ["exact", "block", "auto"])
-@pytest.mark.parametrize(("m", "n", "rank"), [(1, 1, 1), (1, 9, 1), (9, 1, 1), (40, 30, 30), (30, 40, 7), (250, 210, 5)])
+@pytest.mark.parametrize(
+    ("m", "n", "rank"), [(1, 1, 1), (1, 9, 1), (9, 1, 1), (40, 30, 30), (30, 40, 7), (250, 210, 5)]
+)
 def test_shapes_and_orthonormal_factors(m, n, rank, method):
     matrix = gaussian(m, n)
     lowrank = truncated_svd(matrix, rank, method=method)
@@ -67,8 +69,9 @@ def test_block_power_on_quantization_residuals(minilm_layer2, name, bits):
 def test_warm_start_is_better_than_as_many_passes_from_a_cold_one():
     matrix = gaussian(300, 250)
     basis = block_power_svd(matrix, 16).basis
-    warm, cold = error(matrix, block_power_svd(matrix, 16, basis=basis, passes=2)), error(
-        matrix, block_power_svd(matrix, 16, passes=2)
+    warm, cold = (
+        error(matrix, block_power_svd(matrix, 16, basis=basis, passes=2)),
+        error(matrix, block_power_svd(matrix, 16, passes=2)),
     )
     assert warm < cold, (warm, cold)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from loftq import kernels
 from loftq.codec import codebook as codebooks
 from loftq.codec.packing import pack
-from loftq.codec.qtensor import QuantizedTensor
+from loftq.codec.qtensor import QuantizedTensor, storage_layout
 from loftq.codec.scales import DTYPES, double_dequantize, double_quantize
 from loftq.config import QuantSpec
 from loftq.errors import WeightError
@@ -162,6 +162,7 @@ def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> 
     if spec.codebook == "lloyd":
         levels = _refit_levels(weight, stored, codes, levels, spec.block_size)
         codes = kernels.encode(weight, stored, zero, levels, codebooks.thresholds(levels), spec.block_size)
-    tensors["weight"] = pack(codes, spec.bits)
+    shape = (weight.shape[0], weight.shape[1])
+    tensors["weight"] = pack(codes, spec.bits).view(storage_layout(spec, shape)["weight"].shape)
     tensors["weight_codebook"] = levels * gain
-    return QuantizedTensor(tensors, spec, (weight.shape[0], weight.shape[1]))
+    return QuantizedTensor(tensors, spec, shape)

@@ -33,8 +33,12 @@ def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorI
     out_features, in_features = shape
     blocks = -(-in_features // spec.block_size)
     scale_dtype = DTYPES[spec.scale_dtype]
+    row_bytes = packing.packed_row_bytes(in_features, spec.bits)
+    # never the dense weight's own shape, which 8 bits would give: a program that does not know the format must fail to
+    # load it, not take codes for weights
+    packed = (out_features, row_bytes, 1) if row_bytes == in_features else (out_features, row_bytes)
     layout = {
-        "weight": TensorInfo(torch.uint8, (out_features, packing.packed_row_bytes(in_features, spec.bits))),
+        "weight": TensorInfo(torch.uint8, packed),
         "weight_codebook": TensorInfo(torch.float32, (2**spec.bits,)),
         "weight_scale": TensorInfo(torch.uint8 if spec.double_quant else scale_dtype, (out_features, blocks)),
     }
@@ -81,7 +85,7 @@ class QuantizedTensor:
 
     def codes(self) -> Tensor:
         """(out, in) uint8 codes."""
-        return packing.unpack(self.tensors["weight"], self.spec.bits, self.shape[1])
+        return packing.unpack(packed_codes(self.tensors), self.spec.bits, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense (out, in) matrix."""
@@ -117,6 +121,11 @@ class QuantizedTensor:
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
 
+def packed_codes(tensors: Mapping[str, Tensor]) -> Tensor:
+    """(out, row bytes) uint8 from a matrix's stored tensors."""
+    return tensors["weight"].flatten(1)
+
+
 def stored_scale(tensors: Mapping[str, Tensor]) -> Tensor:
     """(out, blocks) float32 scales from a matrix's stored tensors."""
     scale = tensors["weight_scale"]
@@ -131,7 +140,7 @@ def dequantize_stored(
     """The dense matrix from its stored tensors."""
     zero = tensors.get("weight_zero")
     return kernels.dequantize(
-        tensors["weight"],
+        packed_codes(tensors),
         stored_scale(tensors),
         tensors["weight_codebook"],
         None if zero is None else zero.float(),

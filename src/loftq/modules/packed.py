@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, storage_layout, stored_scale
+from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout, stored_scale
 from loftq.config import QuantSpec
 
 
@@ -53,7 +53,7 @@ class PackedWeight(nn.Module):
         tensors = self._packed_tensors()
         zero = tensors.get("weight_zero")
         return (
-            tensors["weight"],
+            packed_codes(tensors),
             stored_scale(tensors),
             tensors["weight_codebook"],
             None if zero is None else zero.float(),
