@@ -19,19 +19,12 @@ from loftq.config import BITS, CODEBOOKS, METHODS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
 from loftq.solver import Decomposition, decompose, lora_scaling
 
-LAYER = [
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-]
+WEIGHTS = ["attention.self.query", "attention.self.value", "intermediate.dense"]
 
-# An element on a threshold that rounds the other way changes the trajectory from there on. For these matrices the
-# float64 transcription's own errors move by up to 3e-5 within 5 steps when the weights change by 1e-7 of themselves
-# (float32 rounding); for the others by at most 2e-7.
-SENSITIVE = {"attention.output.dense": 1e-4, "intermediate.dense": 5e-5, "output.dense": 1e-4}
+# An element on a threshold that rounds the other way changes the trajectory from there on. For this matrix the float64
+# transcription's own errors move by 9e-6 within 5 steps when the weights change by 1e-7 of themselves (float32
+# rounding); for the others by at most 2e-9.
+SENSITIVE = {"intermediate.dense": 3e-5}
 
 
 def gaussian(rows: int, n: int, seed: int = 0) -> Tensor:
@@ -49,16 +42,20 @@ def true_error(weight: Tensor, result: Decomposition) -> float:
 # --- the published algorithm ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_iter", [1, 5], ids=["T1", "T5"])
 @pytest.mark.parametrize("bits", [2, 4], ids=["2bit", "4bit"])
-@pytest.mark.parametrize("name", LAYER)
-def test_published_settings_equal_the_transcription(minilm_layer2, name, bits, num_iter):
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_published_settings_equal_the_transcription(minilm_layer2, name, bits):
     weight = minilm_layer2[name]
-    *_, expected = transcription.algorithm_1(weight.numpy(), bits, 32, num_iter)
-    result = decompose(weight, QuantSpec(bits, **PUBLISHED), rank=32, num_iter=num_iter, svd="exact")
-    tolerance = 1e-5 if num_iter == 1 else SENSITIVE.get(name, 1e-5)
+    *_, expected = transcription.algorithm_1(weight.numpy(), bits, 32, 5)
+    spec = QuantSpec(bits, **PUBLISHED)
+
+    once = decompose(weight, spec, rank=32, num_iter=1, svd="exact")
+    assert once.errors[1:] == pytest.approx(expected[:1], abs=1e-5)
+    assert true_error(weight, once) == pytest.approx(once.error, abs=1e-6)
+
+    result = decompose(weight, spec, rank=32, num_iter=5, svd="exact")
     differences = [ours - theirs for ours, theirs in zip(result.errors[1:], expected, strict=True)]
-    assert max(map(abs, differences)) <= tolerance, f"differences per step {differences}"
+    assert max(map(abs, differences)) <= SENSITIVE.get(name, 1e-5), f"differences per step {differences}"
     assert true_error(weight, result) == pytest.approx(result.error, abs=1e-6)
 
 
@@ -117,15 +114,16 @@ def test_result_does_not_depend_on_alpha(method, num_iter, alpha, rslora):
     assert true_error(weight, result) == pytest.approx(result.error, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["attention.self.query", "attention.self.value", "intermediate.dense"])
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("bits", [2, 4], ids=["2bit", "4bit"])
 def test_real_weight_reproduces_the_reported_error_for_every_alpha(minilm_layer2, bits, name):
     weight, spec = minilm_layer2[name], QuantSpec(bits, **PUBLISHED)
-    expected = decompose(weight, spec, rank=32, num_iter=2, svd="exact").error
+    expected = decompose(weight, spec, rank=32, num_iter=2, svd="block").error
     for alpha, rslora in itertools.product((8, 16, 32, 64), (False, True)):
-        result = decompose(weight, spec, rank=32, num_iter=2, svd="exact", lora_alpha=alpha, use_rslora=rslora)
-        assert true_error(weight, result) == pytest.approx(result.error, abs=1e-5), (alpha, rslora)
-        assert true_error(weight, result) == pytest.approx(expected, abs=1e-5), (alpha, rslora)
+        scaling = {"lora_alpha": alpha, "use_rslora": rslora}
+        result = decompose(weight, spec, rank=32, num_iter=2, svd="block", **scaling)
+        assert true_error(weight, result) == pytest.approx(result.error, abs=1e-5), scaling
+        assert true_error(weight, result) == pytest.approx(expected, abs=1e-5), scaling
 
 
 @pytest.mark.parametrize(
@@ -186,12 +184,12 @@ def test_never_worse_than_plain_quantization(rows, n, rank, num_iter, seed, powe
     assert true_error(weight, result) == pytest.approx(result.error, abs=2e-6)
 
 
-@pytest.mark.parametrize("name", LAYER)
+@pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("bits", [2, 3, 4], ids=["2bit", "3bit", "4bit"])
 def test_default_is_better_than_published(minilm_layer2, name, bits):
     weight = minilm_layer2[name]
-    published = decompose(weight, QuantSpec(bits, **PUBLISHED), rank=32)
-    default = decompose(weight, QuantSpec(bits), rank=32)
+    published = decompose(weight, QuantSpec(bits, **PUBLISHED), rank=32, num_iter=2)
+    default = decompose(weight, QuantSpec(bits), rank=32, num_iter=2)
     assert default.error < published.error, f"{default.error:.4f} against {published.error:.4f}"
     assert default.quantized.bits_per_weight < published.quantized.bits_per_weight
 
@@ -205,11 +203,10 @@ def test_default_error_and_size_on_a_real_layer(minilm_layer2):
 
 
 @pytest.mark.parametrize("bits", [2, 4], ids=["2bit", "4bit"])
-@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec(**PUBLISHED)], ids=["default", "published"])
-def test_block_power_reaches_the_exact_objective(minilm_layer2, spec, bits):
+def test_block_power_reaches_the_exact_objective(minilm_layer2, bits):
     ratios = []
     for weight in minilm_layer2.values():
-        block, exact = (decompose(weight, spec.replace(bits=bits), rank=32, svd=svd) for svd in ("block", "exact"))
+        block, exact = (decompose(weight, QuantSpec(bits), rank=32, svd=svd) for svd in ("block", "exact"))
         ratios.append(block.error / exact.error)
     # a single matrix's trajectory may end a little farther off, in either direction
     assert statistics.mean(ratios) <= 1.003, ratios

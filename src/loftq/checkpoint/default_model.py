@@ -97,8 +97,8 @@ def default_model_dir(cache_dir: Path | None = None) -> Path:
                 raise
     except OSError as error:
         raise SourceError(
-            f"the default model cannot be written to {folder} ({error}); free or delete that folder, or set LOFTQ_CACHE "
-            f"to another one"
+            f"the default model cannot be written to {folder} ({error}); free or delete that folder, or set "
+            f"LOFTQ_CACHE to another one"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -359,8 +359,8 @@ def _read_contents(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
                 metadata, entries = _parse(_Cursor(data))
             except (struct.error, ValueError, TypeError, OverflowError) as error:
                 raise SourceError(
-                    f"{path} ({total:,} bytes) is truncated, damaged or of a newer format ({_first_line(error)}); fetch "
-                    f"the file again or update the gguf package"
+                    f"{path} ({total:,} bytes) is truncated, damaged or of a newer format ({_first_line(error)}); "
+                    f"fetch the file again or update the gguf package"
                 ) from None
     if "general.architecture" not in metadata or not entries:
         raise SourceError(f"{path} names no architecture or holds no tensors, expected a model; check the file")
