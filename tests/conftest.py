@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from collections.abc import Iterator
 from pathlib import Path
+
+# Before numpy is imported, which the tests use for reference results: its SVD on several threads takes tens of times
+# longer on cores that are busy. torch has a pool of its own; see `one_thread`.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -69,3 +75,12 @@ def stories_dir() -> Path:
 def bnb():
     """``bitsandbytes.functional``."""
     return pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes to compare with")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: LAPACK's many short parallel sections take tens of times longer on cores that are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -19,6 +19,8 @@ from loftq.config import BITS, CODEBOOKS, METHODS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
 from loftq.solver import Decomposition, decompose, lora_scaling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = ["attention.self.query", "attention.self.value", "intermediate.dense"]
 
 # An element on a threshold that rounds the other way changes the trajectory from there on. For this matrix the float64
@@ -105,9 +107,9 @@ def test_svd_first_equals_the_transcription(minilm_layer2, bits):
 @pytest.mark.parametrize("method", ["loftq", "loftq-svd-first"])
 def test_result_does_not_depend_on_alpha(method, num_iter, alpha, rslora):
     weight, rank = gaussian(60, 96), 8
-    settings = {"rank": rank, "num_iter": num_iter, "method": method}
-    plain = decompose(weight, QuantSpec(2), **settings)
-    result = decompose(weight, QuantSpec(2), **settings, lora_alpha=alpha, use_rslora=rslora)
+    fixed = {"rank": rank, "num_iter": num_iter, "method": method}
+    plain = decompose(weight, QuantSpec(2), **fixed)
+    result = decompose(weight, QuantSpec(2), **fixed, lora_alpha=alpha, use_rslora=rslora)
     assert result.scaling == (alpha or rank) / (math.sqrt(rank) if rslora else rank)
     # float32 factors and their product: a few roundings of numbers no larger than the weight's
     assert true_error(weight, result) == pytest.approx(true_error(weight, plain), abs=1e-6)

@@ -10,6 +10,8 @@ from loftq.codec import quantize
 from loftq.config import PUBLISHED, QuantSpec
 from loftq.solver.lowrank import LowRank, block_power_svd, exact_svd, truncated_svd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def gaussian(m: int, n: int, seed: int = 0) -> Tensor:
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))

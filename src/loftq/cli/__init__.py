@@ -12,6 +12,7 @@ from loftq.cli.generate import generate
 from loftq.cli.inspect import inspect
 from loftq.cli.quantize import quantize
 from loftq.cli.quickstart import quickstart
+from loftq.cli.quiet import quiet_libraries
 from loftq.errors import LoftQError
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ def _options(
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    quiet_libraries()
     try:
         app()
     except LoftQError as error:
