@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ CODEBOOKS = ("nf", "nf-sym", "uniform", "uniform-sym", "lloyd")
 SCALES = ("absmax", "search")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 SVDS = ("auto", "exact", "block")
-METHODS = ("loftq", "loftq-svd-first", "qlora")
+METHODS = ("loftq", "loftq-principal", "loftq-svd-first", "qlora")
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ T = TypeVar("T")
 def one_of(name: str, value: T, allowed: Iterable[T]) -> T:
     """``value`` if it is allowed, else a :class:`ConfigError` that lists what is."""
     allowed = tuple(allowed)
-    if value not in allowed or isinstance(value, bool):
+    if not any(type(value) is type(a) and value == a for a in allowed):
         close = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(map(str, allowed))}{hint}")
@@ -35,6 +36,13 @@ def positive_int(name: str, value: Any, least: int = 1) -> int:
     """``value`` if it is an integer of at least ``least``, else a :class:`ConfigError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} is {value!r}, expected an integer of at least {least}")
+    return value
+
+
+def is_bool(name: str, value: Any) -> bool:
+    """``value`` if it is True or False, else a :class:`ConfigError`: a string such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}, expected True or False")
     return value
 
 
@@ -81,8 +89,7 @@ class QuantSpec:
         one_of("block_size", self.block_size, BLOCK_SIZES)
         one_of("scale", self.scale, SCALES)
         one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        if not isinstance(self.double_quant, bool):
-            raise ConfigError(f"double_quant is {self.double_quant!r}, expected True or False")
+        is_bool("double_quant", self.double_quant)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -146,14 +153,22 @@ class LoftQConfig:
         one_of("method", self.method, METHODS)
         one_of("svd", self.svd, SVDS)
         check_alpha(self.lora_alpha)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is {self.lora_dropout}, expected a number from 0 to below 1")
+        is_bool("use_rslora", self.use_rslora)
+        is_bool("quantize_embeddings", self.quantize_embeddings)
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}, expected a number from 0 to below 1")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, (list, set, frozenset)):
-                object.__setattr__(self, name, tuple(value))
-            elif value is not None and not isinstance(value, (str, tuple)):
+            if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
+                # a set has no order of its own, and what is written must not depend on the process
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value))
+            elif value is not None and not isinstance(value, str):
                 raise ConfigError(f"{name} is {value!r}, expected a name, a list of names or a regular expression")
+        for name in ("bits_pattern", "rank_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(pattern, str) for pattern in value):
+                raise ConfigError(f"{name} is {value!r}, expected a mapping from module-name patterns to numbers")
+            object.__setattr__(self, name, dict(value))
         if not self.target_modules:
             raise ConfigError("target_modules is empty, expected 'all-linear', module names or a regular expression")
         for pattern, bits in self.bits_pattern.items():
@@ -161,7 +176,10 @@ class LoftQConfig:
         for pattern, rank in self.rank_pattern.items():
             positive_int(f"rank_pattern[{pattern!r}]", rank)
         if self.first_layers_bits is not None:
-            count, bits = self.first_layers_bits
+            value = self.first_layers_bits
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise ConfigError(f"first_layers_bits is {value!r}, expected a pair (number of layers, bits)")
+            count, bits = value
             positive_int("first_layers_bits[0] (number of layers)", count)
             one_of("first_layers_bits[1] (bits)", bits, BITS)
             object.__setattr__(self, "first_layers_bits", (count, bits))
@@ -189,7 +207,12 @@ PUBLISHED: dict[str, Any] = {"codebook": "nf", "scale": "absmax", "scale_dtype":
 """The quantizer of the papers: ``LoftQConfig(bits=2, **PUBLISHED)``; add ``svd="exact"`` for LoftQ to the letter."""
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite int or float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_alpha(lora_alpha: float | None) -> None:
     """A :class:`ConfigError` unless alpha is ``None`` or a positive number."""
-    if lora_alpha is not None and (isinstance(lora_alpha, bool) or not lora_alpha > 0):
+    if lora_alpha is not None and not (is_number(lora_alpha) and lora_alpha > 0):
         raise ConfigError(f"lora_alpha is {lora_alpha!r}, expected a positive number (or nothing, for the rank)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from loftq.checkpoint.naming import meta_model, model_names
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
-from loftq.checkpoint.writer import Staging, check_target, remove_leftovers
+from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
 from loftq.codec.blockwise import check_weight
 from loftq.codec.qtensor import TensorInfo, storage_layout
 from loftq.config import LoftQConfig
@@ -109,7 +110,11 @@ def quantize_checkpoint(
     Raises:
         SourceError, ConfigError, WeightError, OutputError: each with what was got, expected, and to be done.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(os.path.expanduser(out_dir))
+    with disk_errors(out_dir):  # before hours of work, and before the source is read
+        finished = (out_dir / REPORT).exists()
+        if not finished:
+            check_target(out_dir)
     opened = open_source(source, revision) if isinstance(source, (str, Path)) else source
     model_config = opened.config()
     model = meta_model(model_config)
@@ -118,18 +123,18 @@ def quantize_checkpoint(
     hashes = {file.name: sha256_file(file) for file in opened.files}
     fingerprint = json.loads(json.dumps({"config": config.to_dict(), "source": hashes, "format": versions()["loftq"]}))
 
-    if (out_dir / REPORT).exists():
+    files, index = _layout(units, plans, max_shard_bytes)
+    if finished:
         report = QuantizationReport.load(out_dir)
-        if resume and report.config == fingerprint["config"] and report.source["sha256"] == hashes:
+        same = report.config == fingerprint["config"] and report.source["sha256"] == hashes
+        if resume and same and all((out_dir / file).exists() for file in files):
             remove_leftovers(out_dir)
             return report
         raise OutputError(
-            f"{out_dir} holds a finished quantization with other settings or of another source; choose another folder or "
-            f"remove it"
+            f"{out_dir} holds a finished quantization{'' if same else ' with other settings or of another source'}, which "
+            f"is never overwritten; choose another folder or remove it"
         )
-    check_target(out_dir)
 
-    files, index = _layout(units, plans, max_shard_bytes)
     staging = Staging(out_dir, fingerprint, files, resume)
     memory = PeakMemory().start()
     started = time.perf_counter()
@@ -158,7 +163,8 @@ def quantize_checkpoint(
                 "modules": seconds,
             },
         )
-        _write_metadata(staging.path, opened, model, model_config, plans, config, report, index, out_dir)
+        with disk_errors(out_dir):
+            _write_metadata(staging.path, opened, model, model_config, plans, config, report, index, out_dir)
         staging.finish()
     finally:
         staging.close()
@@ -183,7 +189,7 @@ class _Unit:
         """The unit's tensors under their output names, and its record."""
         tensor = source.read(self.source_name)
         if self.plan is None:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise WeightError(
                     f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
                 )
@@ -196,18 +202,22 @@ class _Unit:
 
 def _units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]) -> list[_Unit]:
     names = model_names(model, source.tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = {f"{name}.weight": plan for name, plan in plans.items()}
     units = []
     for source_name, info in source.tensors.items():
         output_name = names.get(source_name, source_name)
         plan = weights.pop(output_name, None)
-        if plan is not None:
-            stored = info.shape[::-1] if plan.kind == "conv1d" else info.shape
-            if tuple(stored) != plan.shape or not info.dtype.is_floating_point:
-                raise SourceError(
-                    f"{source_name} is {info.dtype} of shape {info.shape}, expected floating point {plan.shape} as "
-                    f"config.json says; fetch the checkpoint again"
-                )
+        expected = shapes.get(output_name, info.shape)
+        if info.shape != expected:
+            raise SourceError(
+                f"{source_name} has shape {info.shape}, expected {expected} as config.json says; fetch the checkpoint again"
+            )
+        if plan is not None and (info.dtype.itemsize < 2 or not info.dtype.is_floating_point):
+            raise SourceError(
+                f"{source_name} is {info.dtype}, expected floating point of 16 bits or more; start from a full-precision "
+                f"checkpoint"
+            )
         units.append(_Unit(source_name, info, plan, output_name))
     if weights:
         raise SourceError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from loftq.checkpoint.source import first_line
 from loftq.errors import SourceError
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     import transformers
 
     names = list(getattr(config, "architectures", None) or [])
-    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
     try:
+        cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
         with torch.device("meta"):
             if cls is not None:
                 return cls(config).eval()
@@ -31,10 +32,9 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
                 raise ValueError(f"transformers has no {names[0]}")
             return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise SourceError(
-            f"cannot build the model of type {getattr(config, 'model_type', '?')!r} ({reason}); expected an architecture "
-            f"of the installed transformers"
+            f"cannot build the model of type {getattr(config, 'model_type', '?')!r} ({first_line(error)}); expected an "
+            f"architecture of the installed transformers, check config.json or update transformers"
         ) from None
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,20 +75,37 @@ class Source(Protocol):
         """Write tokenizer and generation settings to ``out_dir``."""
 
 
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error}); check the file and the disk") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's message, which may be long or empty; with the next one where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def open_source(source: str | Path, revision: str | None = None) -> Source:
     """A folder with safetensors, a ``.gguf`` file, or a hub id (downloaded through ``huggingface_hub``).
 
     Raises:
         SourceError: if there is no such thing, or what is there cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    with read_errors(path):
+        is_dir, exists = path.is_dir(), path.exists()
+    if is_dir:
         return SafetensorsSource(path)
     if path.suffix == ".gguf":
         from loftq.checkpoint.gguf_source import GGUFSource
 
         return GGUFSource(path)
-    if path.exists():
+    if exists:
         raise SourceError(f"{path} is a file, expected a folder with safetensors, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise SourceError(f"{source} does not exist, expected a folder with safetensors, a .gguf file or a hub id")
@@ -99,10 +119,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
-            f"{repo_id} is no folder here and could not be fetched from the hub ({reason}); check the name, the network "
-            f"and, for a gated model, `hf auth login`"
+            f"{repo_id} is no folder here and could not be fetched from the hub ({first_line(error)}); check the name, the "
+            f"network and, for a gated model, `hf auth login`"
         ) from None
 
 
@@ -135,7 +154,11 @@ class SafetensorsSource:
         self._expected: list[str] = []
         index = self.path / INDEX
         if index.exists():
-            weight_map = read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise SourceError(
+                    f"{index} has no weight_map from tensor names to file names; fetch the checkpoint again"
+                )
             self._expected = list(weight_map)
             files = [self.path / name for name in sorted(set(weight_map.values()))]
             missing = [f.name for f in files if not f.exists()]
@@ -162,7 +185,7 @@ class SafetensorsSource:
         file, begin, size = self._where[name]
         info = self.tensors[name]
         buffer = torch.empty(size, dtype=torch.uint8)
-        with open(file, "rb") as stream:
+        with read_errors(file), open(file, "rb") as stream:
             stream.seek(begin)
             if stream.readinto(memoryview(as_bytes(buffer))) != size:
                 raise SourceError(f"{file} ends inside tensor {name}; fetch the checkpoint again")
@@ -181,9 +204,9 @@ def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:
     Raises:
         SourceError: if the header is damaged or promises more bytes than the file has.
     """
-    total = file.stat().st_size
     try:
-        with open(file, "rb") as stream:
+        with read_errors(file), open(file, "rb") as stream:
+            total = file.stat().st_size
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > total - 8:
                 raise ValueError("its header is longer than the file")
@@ -192,11 +215,17 @@ def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:
         entries = []
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPES:
+                raise SourceError(
+                    f"{file} holds {name} as {entry['dtype']}, expected one of {', '.join(_DTYPES)}; convert that tensor first"
+                )
             info = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if end - begin != info.nbytes:
-                raise ValueError(f"{name} has {end - begin} bytes for {info.nbytes}")
+            if begin < 0 or min(info.shape, default=0) < 0 or end - begin != info.nbytes:
+                raise ValueError(f"{name} has bytes {begin} to {end} for shape {info.shape}")
             entries.append((name, info, 8 + length + begin, end - begin))
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except SourceError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise SourceError(f"{file} is no intact safetensors file ({error}); fetch the checkpoint again") from None
     needed = max((begin + size for _, _, begin, size in entries), default=8 + length)
     if needed != total:
@@ -212,9 +241,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read as JSON ({error})") from None
+        raise SourceError(f"{file} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
-        raise SourceError(f"{file} holds a {type(value).__name__}, expected a JSON object")
+        raise SourceError(f"{file} holds a {type(value).__name__}, expected a JSON object; fetch it again")
     return value
 
 
@@ -228,17 +257,22 @@ def read_config(path: Path) -> PretrainedConfig:
 
     values = read_json(path / "config.json") if (path / "config.json").exists() else None
     if values is None:
-        raise SourceError(f"{path} has no config.json, expected a transformers checkpoint")
+        raise SourceError(
+            f"{path} has no config.json, expected a transformers checkpoint; fetch config.json or choose another folder"
+        )
     if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
+        settings = values["quantization_config"]
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
         raise SourceError(
             f"{path} is quantized already (quant_method {method!r}), expected a full-precision model; start from its source"
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"transformers cannot read {path / 'config.json'}: {reason}") from None
+        raise SourceError(
+            f"transformers cannot read {path / 'config.json'} ({first_line(error)}); expected an architecture and settings "
+            f"of the installed version, update transformers or choose another model"
+        ) from None
 
 
 def as_bytes(tensor: Tensor) -> Any:
@@ -249,7 +283,7 @@ def as_bytes(tensor: Tensor) -> Any:
 def sha256_file(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with read_errors(path), open(path, "rb") as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

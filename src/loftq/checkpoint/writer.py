@@ -8,11 +8,11 @@ trusts a unit only if its bytes still have those hashes. At the end the folder i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +39,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk of {path} is full ({error.strerror}); free some space and run the same command again, it "
                 f"continues where it stopped"
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise OutputError(f"cannot write to {path}: {error.strerror}") from None
-        raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(
+            f"cannot write to {path}: {error.strerror or error}{where}; choose another folder or make this one writable"
+        ) from None
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
@@ -85,13 +86,14 @@ class Staging:
         resume: continue an unfinished run; otherwise it is removed.
 
     Raises:
-        OutputError: ``out_dir`` holds something, an unfinished run does not fit, another process is writing, or the
-            disk is full.
+        OutputError: ``out_dir`` or the folder beside it holds something else, an unfinished run does not fit, another
+            process is writing, or the disk is full.
     """
 
     def __init__(
         self, out_dir: Path, fingerprint: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorInfo]], resume: bool
     ) -> None:
+        out_dir = Path(os.path.realpath(out_dir))  # "." has no name, and a link to a folder cannot be replaced by one
         self.out_dir = out_dir
         self.path = out_dir.parent / (out_dir.name + ".incomplete")
         self.done: dict[str, dict[str, Any]] = {}
@@ -100,22 +102,43 @@ class Staging:
         with disk_errors(out_dir):
             check_target(out_dir)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._check_ours()
             self._journal = open(self.path / JOURNAL, "a+b")  # noqa: SIM115 - kept open: its lock is this run's
-            self._lock()
-            lines = self._read_journal()
-            if lines and lines[0] != fingerprint and resume:
-                raise OutputError(self._explain(lines[0], fingerprint))
-            if not resume or not lines:
-                for child in self.path.iterdir():
-                    if child.name != JOURNAL:
-                        shutil.rmtree(child) if child.is_dir() else child.unlink()
-                self._journal.truncate(0)
-                self._append(fingerprint)
-                lines = []
-            self._create(files)
-            for line in lines[1:]:
-                if all(self._is_intact(name, digest) for name, digest in line["sha256"].items()):
-                    self.done[line["unit"]] = line
+            try:
+                self._open(fingerprint, files, resume)
+            except BaseException:
+                self.close()  # its lock would keep this process from trying again
+                raise
+
+    def _open(
+        self, fingerprint: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorInfo]], resume: bool
+    ) -> None:
+        self._lock()
+        lines = self._read_journal()
+        if lines and lines[0] != fingerprint and resume:
+            raise OutputError(self._explain(lines[0], fingerprint))
+        if not resume or not lines:
+            self._remove_except({JOURNAL})
+            self._journal.truncate(0)
+            self._append(fingerprint)
+            lines = []
+        self._remove_except({JOURNAL, *files})  # shards of another size, or a finished run's metadata
+        self._create(files)
+        for line in lines[1:]:
+            if all(self._is_intact(name, digest) for name, digest in line["sha256"].items()):
+                self.done[line["unit"]] = line
+
+    def _check_ours(self) -> None:
+        if not (self.path / JOURNAL).exists() and (found := next(self.path.iterdir(), None)) is not None:
+            raise OutputError(
+                f"{self.path}, where unfinished work is kept, holds something else ({found.name}); move it away or choose "
+                f"another folder"
+            )
+
+    def _remove_except(self, kept: set[str]) -> None:
+        for path in [p for p in self.path.rglob("*") if p.is_symlink() or not p.is_dir()]:
+            if path.relative_to(self.path).as_posix() not in kept:
+                path.unlink()
 
     def _lock(self) -> None:
         try:
@@ -124,18 +147,23 @@ class Staging:
             return
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise OutputError(f"another process is writing {self.path}; wait for it or choose another folder") from None
+        except OSError:  # a file system without locks
+            return
 
     def _read_journal(self) -> list[dict[str, Any]]:
         self._journal.seek(0)
-        lines = []
+        lines: list[dict[str, Any]] = []
         whole = 0
         for raw in self._journal.read().split(b"\n")[:-1]:
             try:
-                lines.append(json.loads(raw))
+                line = json.loads(raw)
             except ValueError:
                 break
+            if not isinstance(line, dict) or (lines and not {"unit", "sha256", "record"} <= set(line)):
+                break
+            lines.append(line)
             whole += len(raw) + 1
         self._journal.truncate(whole)  # a line cut off by a kill
         return lines
@@ -216,7 +244,8 @@ class Staging:
     def close(self) -> None:
         """Leave the unfinished folder for a later run."""
         for stream in (*self._streams.values(), self._journal):
-            stream.close()
+            with contextlib.suppress(OSError):  # a full disk refuses once more what is still in the buffer
+                stream.close()
 
 
 def remove_leftovers(out_dir: Path) -> None:
@@ -230,8 +259,10 @@ def check_target(out_dir: Path) -> None:
         found = next(out_dir.iterdir(), None)
         if found is not None:
             raise OutputError(f"{out_dir} is not empty (it holds {found.name}); choose another folder or empty it")
+        if os.path.ismount(out_dir):
+            raise OutputError(f"{out_dir} is a mount point, which cannot be replaced; choose a folder in it")
     elif out_dir.exists():
-        raise OutputError(f"{out_dir} is a file, expected a folder to create")
+        raise OutputError(f"{out_dir} is a file, expected a folder to create; choose another name")
 
 
 def _digest_range(stream: Any, begin: int, size: int) -> str:

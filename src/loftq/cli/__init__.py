@@ -50,6 +50,8 @@ def main() -> None:
     except LoftQError as error:
         typer.echo(f"loftq: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # what Typer makes of an interrupt inside a command
+            raise
         typer.echo("loftq: interrupted; an unfinished quantization continues when the command is run again", err=True)
         sys.exit(130)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 
 from loftq.errors import ConfigError
 
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def module_patterns(values: list[str] | None) -> str | tuple[str, ...] | None:
@@ -26,7 +27,7 @@ def int_patterns(option: str, values: Iterable[str] | None) -> dict[str, int]:
     result = {}
     for value in values or ():
         pattern, equals, number = value.rpartition("=")
-        if not equals or not pattern or not number.strip().isdigit():
+        if not equals or not pattern or not _NUMBER.fullmatch(number.strip()):
             raise ConfigError(f"{option} is {value!r}, expected PATTERN=NUMBER such as down_proj=4")
         result[pattern] = int(number)
     return result
@@ -37,7 +38,7 @@ def first_layers(value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     count, colon, bits = value.partition(":")
-    if not colon or not count.isdigit() or not bits.isdigit():
+    if not colon or not _NUMBER.fullmatch(count) or not _NUMBER.fullmatch(bits):
         raise ConfigError(f"--first-layers-bits is {value!r}, expected LAYERS:BITS such as 16:4")
     return int(count), int(bits)
 
@@ -45,9 +46,10 @@ def first_layers(value: str | None) -> tuple[int, int] | None:
 def byte_size(option: str, value: str) -> int:
     """``5GB`` -> 5000000000 (decimal units, as transformers reads them)."""
     match = _SIZE.match(value.strip())
-    if not match or float(match[1]) == 0:
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
         raise ConfigError(f"{option} is {value!r}, expected a size such as 500MB or 5GB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return size
 
 
 def this_command() -> str:

@@ -73,7 +73,7 @@ def quantize(
         svd=svd,
         block_size=block_size,
         double_quant=double_quant,
-        target_modules=parse.module_patterns(target_modules) or "all-linear",
+        target_modules=parse.module_patterns(["all-linear"] if target_modules is None else target_modules) or (),
         exclude_modules=parse.module_patterns(exclude_modules),
         bits_pattern=parse.int_patterns("--bits-pattern", bits_pattern),
         rank_pattern=parse.int_patterns("--rank-pattern", rank_pattern),

@@ -39,7 +39,7 @@ def check_weight(weight: Tensor) -> None:
         raise WeightError(f"weight is {got}, expected a floating-point matrix (out_features, in_features)")
     if weight.numel() == 0:
         raise WeightError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
-    finite = torch.isfinite(weight)
+    finite = torch.isfinite(weight.float())  # a float64 weight may be too large for float32
     if not finite.all():
         nan = int(weight.isnan().sum())
         infinite = int((~finite).sum()) - nan
@@ -47,6 +47,20 @@ def check_weight(weight: Tensor) -> None:
             f"weight of shape {tuple(weight.shape)} has {nan} NaN and {infinite} infinite elements, expected finite "
             f"numbers; check the source checkpoint"
         )
+
+
+def comfortable_gain(weight: Tensor) -> float:
+    """A power of two to divide a matrix by before computing with it in float32; 1 for ordinary magnitudes."""
+    low, high = weight.aminmax()
+    largest = max(-float(low), float(high))
+    if largest == 0 or _COMFORTABLE[0] <= largest <= _COMFORTABLE[1]:
+        return 1.0
+    return 2.0 ** (math.frexp(largest)[1] - 1)
+
+
+def divided(weight: Tensor, gain: float) -> Tensor:
+    """``weight / gain`` in float32, through float64 because a gain may lie beyond float32's normal numbers."""
+    return weight if gain == 1.0 else (weight.double() / gain).float()
 
 
 def _block_extreme(weight: Tensor, block_size: int, reduce: str) -> Tensor:
@@ -82,15 +96,28 @@ def _fit_scales(weight: Tensor, spec: QuantSpec, levels: Tensor) -> tuple[Tensor
     borders = codebooks.thresholds(levels)
     if spec.codebook == "uniform":
         if spec.scale == "search":
-            return kernels.search_affine(weight, levels, borders, factors, 2, spec.block_size)
+            found = kernels.search_affine(weight, levels, borders, factors, 2, spec.block_size)
+            return _limit_zero(*found, spec.scale_dtype)
         low = _block_extreme(weight, spec.block_size, "amin")
         high = _block_extreme(weight, spec.block_size, "amax")
         scale = (high - low) / levels[-1]
         constant = scale == 0
-        return torch.where(constant, low.abs(), scale), torch.where(constant, low.sign(), low / scale)
+        scale, zero = torch.where(constant, low.abs(), scale), torch.where(constant, low.sign(), low / scale)
+        return _limit_zero(scale, zero, spec.scale_dtype)
     if spec.scale == "absmax":
         return block_absmax(weight, spec.block_size) / levels.abs().max(), None
     return kernels.search_scale(weight, levels, borders, factors, 1, spec.block_size), None
+
+
+def _limit_zero(scale: Tensor, zero: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]:
+    """Widen the step of blocks that are nearly constant, whose zero point would not fit its dtype.
+
+    Their steps become as fine as the dtype resolves their offset, scale * zero, which is kept.
+    """
+    limit = {"float32": 2.0**20, "float16": 2.0**10, "bfloat16": 2.0**7}[scale_dtype]
+    offset = scale * zero
+    beyond = zero.abs() > limit
+    return torch.where(beyond, offset.abs() / limit, scale), torch.where(beyond, zero.sign() * limit, zero)
 
 
 def _refit_levels(weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int) -> Tensor:
@@ -130,13 +157,10 @@ def quantize(weight: Tensor, spec: QuantSpec, *, levels: Tensor | None = None) -
 
 def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> QuantizedTensor:
     """:func:`quantize` for a contiguous float32 matrix that is known to be finite."""
-    low, high = weight.aminmax()
-    largest = max(-float(low), float(high))
-    gain = 1.0
-    if largest > 0 and not _COMFORTABLE[0] <= largest <= _COMFORTABLE[1]:
-        # the affine codebook's levels reach 2^bits: leave them room below float32's largest number
-        gain = 2.0 ** (math.frexp(largest)[1] - 1 - (spec.bits if spec.codebook == "uniform" else 0))
-        weight = (weight.double() / gain).float()
+    gain = comfortable_gain(weight)
+    if gain != 1.0 and spec.codebook == "uniform":
+        gain /= 2**spec.bits  # its levels reach 2^bits: leave them room below float32's largest number
+    weight = divided(weight, gain)
 
     if spec.codebook != "lloyd":
         levels = codebooks.codebook(spec.codebook, spec.bits, weight.device)
@@ -155,6 +179,8 @@ def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> 
         tensors["weight_scale"] = scale.to(DTYPES[spec.scale_dtype])
         stored = tensors["weight_scale"].float()
     if zero is not None:
+        # the offset scale * zero is what matters, and the scale has just been rounded
+        zero = torch.where(stored == 0, zero, scale * zero / stored)
         tensors["weight_zero"] = zero.to(DTYPES[spec.scale_dtype])
         zero = tensors["weight_zero"].float()
 

@@ -107,6 +107,13 @@ class QuantizedTensor:
         names = storage_layout(spec, shape)
         return cls({n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, spec, shape)
 
+    def times(self, factor: float) -> QuantizedTensor:
+        """The matrix multiplied by a number, which goes into the codebook."""
+        if factor == 1.0:
+            return self
+        codebook = (self.tensors["weight_codebook"].double() * factor).float()
+        return QuantizedTensor({**self.tensors, "weight_codebook": codebook}, self.spec, self.shape)
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         return QuantizedTensor({n: t.to(device) for n, t in self.tensors.items()}, self.spec, self.shape)
 

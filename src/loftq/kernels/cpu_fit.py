@@ -150,7 +150,7 @@ def search_affine_rows(first, last, weight, codebook, thresholds, factors, refin
 
 @numba.njit(**_OPTIONS)
 def encode_rows(first, last, weight, scale, zero, codebook, thresholds, block_size, codes):
-    """codes[r, i] <- index of the level nearest to weight[r, i] under the stored scale (0 where the scale is 0)."""
+    """codes[r, i] <- index of the level nearest to weight[r, i] under the stored scale (nearest to 0 where the scale is 0)."""
     in_features = weight.shape[1]
     has_zero = zero.shape[0] > 0
     counts = np.empty(block_size, np.int32)

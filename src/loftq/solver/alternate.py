@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loftq.codec import QuantizedTensor
-from loftq.codec.blockwise import check_weight, quantize_checked
+from loftq.codec.blockwise import check_weight, comfortable_gain, divided, quantize_checked
 from loftq.config import SVDS, QuantSpec, check_alpha, one_of, positive_int
 from loftq.solver.lowrank import LowRank, truncated_svd
 from loftq.solver.methods import method_named
@@ -93,11 +93,14 @@ def decompose(
     """
     positive_int("rank", rank)
     positive_int("num_iter", num_iter, 0)
+    positive_int("seed", seed, 0)
     one_of("svd", svd, SVDS)
     check_alpha(lora_alpha)
     chosen = method_named(method)
     check_weight(weight)
     weight = weight.detach().float().contiguous()
+    gain = comfortable_gain(weight)
+    weight = divided(weight, gain)
     scaling = lora_scaling(lora_alpha, rank, use_rslora)
     steps = num_iter if chosen.alternate else 0
     fit_rank = min(rank, *weight.shape)
@@ -112,6 +115,11 @@ def decompose(
     lowrank: LowRank | None = None
     if chosen.svd_first:
         residual = weight  # Q_0 = 0
+    elif chosen.principal_start and steps:
+        lowrank = truncated_svd(weight, fit_rank, method=svd, seed=seed)
+        target = torch.addmm(weight, lowrank.U * lowrank.S, lowrank.Vh, alpha=-1)
+        quantized = quantize_checked(target, spec, None)
+        residual = weight - quantized.dequantize()
     for step in range(1, steps + 1):
         basis = None if lowrank is None else lowrank.basis
         lowrank = truncated_svd(residual, fit_rank, method=svd, basis=basis, seed=seed)
@@ -128,8 +136,8 @@ def decompose(
         residual = weight - dense
 
     best_iter, quantized, lowrank = best
-    lora_A, lora_B = _factors(lowrank, weight, rank, scaling, seed)
-    return Decomposition(quantized, lora_A, lora_B, scaling, errors, best_iter)
+    lora_A, lora_B = _factors(lowrank, weight, rank, scaling / gain, seed)
+    return Decomposition(quantized.times(gain), lora_A, lora_B, scaling, errors, best_iter)
 
 
 def _norm(matrix: Tensor) -> float:

@@ -21,10 +21,12 @@ class Method:
     source: str
     alternate: bool = True
     svd_first: bool = False
+    principal_start: bool = False
 
 
 METHODS = {
     "loftq": Method("LoftQ, Algorithm 1 (arXiv 2310.08659)"),
+    "loftq-principal": Method("quantization first, from L = SVD_r(W)", principal_start=True),
     "loftq-svd-first": Method("LoftQ, Table 6 (arXiv 2310.08659)", svd_first=True),
     "qlora": Method("QLoRA (arXiv 2305.14314)", alternate=False),
 }
