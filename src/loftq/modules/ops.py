@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loftq import kernels
+from loftq.codec import scales
 
 
 @torch.library.custom_op("loftq::packed_linear", mutates_args=())
@@ -65,6 +66,17 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 packed_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("loftq::double_dequantize", mutates_args=())
+def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """float32 scales from 8-bit ones (:func:`loftq.codec.scales.double_dequantize`)."""
+    return scales.double_dequantize(codes, absmax, offset)
+
+
+@double_dequantize.register_fake
+def _(codes, absmax, offset):  # type: ignore[no-untyped-def]
+    return absmax.new_empty(codes.shape)
 
 
 @torch.library.custom_op("loftq::packed_rows", mutates_args=())

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout, stored_scale
+from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout
 from loftq.config import QuantSpec
+from loftq.modules.ops import double_dequantize
 
 
 class PackedWeight(nn.Module):
@@ -52,9 +53,14 @@ class PackedWeight(nn.Module):
         """What the operators of :mod:`loftq.modules.ops` take after their first argument."""
         tensors = self._packed_tensors()
         zero = tensors.get("weight_zero")
+        if self.spec.double_quant:
+            parts = (tensors[f"weight_scale{end}"] for end in ("", "_absmax", "_offset"))
+            scale = double_dequantize(*parts)
+        else:
+            scale = tensors["weight_scale"].float()
         return (
             packed_codes(tensors),
-            stored_scale(tensors),
+            scale,
             tensors["weight_codebook"],
             None if zero is None else zero.float(),
             self.spec.bits,

@@ -1,0 +1,199 @@
+"""The packed linear layer against a dense one that holds the same matrix."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from loftq import QuantLinear, QuantSpec, WeightError
+from loftq.codec import storage_layout
+
+SPECS = [
+    QuantSpec(2),
+    QuantSpec(3),
+    QuantSpec(4, double_quant=True),
+    QuantSpec(8),
+    QuantSpec(4, codebook="uniform", block_size=32),
+    QuantSpec(2, codebook="nf", scale="absmax", scale_dtype="float32"),
+]
+
+
+def spec_id(spec):
+    return f"{spec.codebook}{spec.bits}{'-dq' * spec.double_quant}"
+
+
+def pair(spec, in_features=200, out_features=48, bias=True):
+    """A packed layer and the dense layer that computes the same."""
+    torch.manual_seed(0)
+    source = nn.Linear(in_features, out_features, bias)
+    packed = QuantLinear.from_linear(source, spec)
+    dense = copy.deepcopy(source)
+    dense.weight.data = packed.dequantize()
+    return packed, dense
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_equal_dense(spec, dtype):
+    packed, dense = pair(spec)
+    packed, dense = packed.to(dtype), dense.to(dtype)
+    x = torch.randn(3, 5, 200, dtype=dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = packed(a), dense(b)
+    (y * torch.arange(48)).sum().backward()
+    (z * torch.arange(48)).sum().backward()
+    # the dense layer adds its bias inside the product: one rounding of the result's size apart
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, z, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(a.grad, b.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(packed.bias.grad, dense.bias.grad)
+
+
+def test_weight_is_the_packed_buffer():
+    packed, _ = pair(QuantSpec(2))
+    assert isinstance(packed, nn.Linear)
+    assert packed.weight.dtype == torch.uint8
+    assert packed.weight.shape == (48, 50)
+    assert "weight" in dict(packed.named_buffers())
+    assert [n for n, _ in packed.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_memory_is_the_packed_size(spec):
+    packed, _ = pair(spec, bias=False)
+    held = sum(b.numel() * b.element_size() for b in packed.buffers())
+    assert held == packed.quantized.nbytes == sum(i.nbytes for i in storage_layout(spec, (48, 200)).values())
+
+
+def test_backward_keeps_no_dense_copy():
+    packed, _ = pair(QuantSpec(2), bias=False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        packed(torch.randn(4, 200, requires_grad=True))
+    assert max(t.numel() * t.element_size() for t in saved) < packed.matrix_shape[0] * packed.matrix_shape[1]
+
+
+def test_no_gradient_is_computed_for_an_input_that_needs_none():
+    packed, _ = pair(QuantSpec(2))
+    packed(torch.randn(2, 200)).sum().backward()
+    assert packed.bias.grad is not None
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_casting_leaves_the_stored_tensors_alone(spec, cast):
+    packed, _ = pair(spec)
+    before = {n: b.clone() for n, b in packed.named_buffers()}
+    cast_layer = copy.deepcopy(packed).to(cast)
+    assert cast_layer.bias.dtype == cast
+    for name, buffer in cast_layer.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+
+
+def test_half_float_double_methods_leave_them_alone_too():
+    packed, _ = pair(QuantSpec(4))
+    expected = packed.dequantize()
+    assert torch.equal(packed.half().float().double().dequantize(), expected)
+
+
+def test_device_moves():
+    packed, _ = pair(QuantSpec(4))
+    assert all(b.device.type == "meta" for b in copy.deepcopy(packed).to("meta").buffers())
+
+
+def test_deepcopy_and_pickle():
+    packed, _ = pair(QuantSpec(3))
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(other.dequantize(), packed.dequantize())
+        other.weight.zero_()
+        assert packed.weight.any(), "the copy shares memory"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_state_dict_round_trip(spec):
+    packed, _ = pair(spec)
+    other = QuantLinear(200, 48, spec=spec)
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other.dequantize(), packed.dequantize())
+    assert torch.equal(other.bias, packed.bias)
+
+
+def test_autocast():
+    packed, dense = pair(QuantSpec(4))
+    x = torch.randn(4, 200)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(x).dtype == torch.bfloat16
+        torch.testing.assert_close(packed(x), dense(x), rtol=2**-6, atol=2**-6)
+    assert packed(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    packed, _ = pair(QuantSpec(2))
+    x = torch.randn(4, 200, requires_grad=True)
+    packed(x).square().sum().backward()
+    expected, x.grad = x.grad.clone(), None
+    checkpoint(packed, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_compile_without_graph_breaks(spec):
+    packed, _ = pair(spec)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 200, requires_grad=True)
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, packed(x))
+    assert x.grad is not None
+
+
+def test_operator_registration():
+    """torch's own checks: fake kernels, autograd registration, no aliasing."""
+    packed, _ = pair(QuantSpec(4))
+    x = torch.randn(4, 200, requires_grad=True)
+    torch.library.opcheck(torch.ops.loftq.packed_linear.default, (x, *packed._operands()))
+
+
+def test_conv1d_is_transposed():
+    from transformers.pytorch_utils import Conv1D
+
+    source = Conv1D(48, 200)
+    packed = QuantLinear.from_linear(source, QuantSpec(8))
+    x = torch.randn(2, 200)
+    assert (packed.in_features, packed.out_features) == (200, 48)
+    torch.testing.assert_close(packed(x), source(x), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 4, 3), nn.Embedding(4, 4), "packed"], ids=["conv", "embedding", "packed"]
+)
+def test_other_layers_are_refused(layer):
+    layer = pair(QuantSpec(2))[0] if layer == "packed" else layer
+    with pytest.raises(WeightError, match=r"expected a dense torch\.nn\.Linear"):
+        QuantLinear.from_linear(layer, QuantSpec(2))
+
+
+def test_nan_is_refused():
+    source = nn.Linear(8, 8)
+    source.weight.data[3, 3] = float("nan")
+    with pytest.raises(WeightError, match="1 NaN and 0 infinite"):
+        QuantLinear.from_linear(source, QuantSpec(2))
+
+
+def test_presented_as_int8_and_saved_as_uint8():
+    packed, _ = pair(QuantSpec(2))
+    expected = packed(torch.ones(1, 200))
+    packed.present_as_int8()
+    assert packed.weight.dtype == torch.int8
+    assert packed.state_dict()["weight"].dtype == torch.uint8
+    assert torch.equal(packed(torch.ones(1, 200)), expected)
+
+
+def test_repr_says_how_it_is_stored():
+    assert "bits=2, codebook=lloyd, block_size=64" in repr(pair(QuantSpec(2))[0])
