@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loftq.report.tables import number, size
+from loftq.quickstart import COLUMNS, Row, cells
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -20,22 +20,8 @@ BEGIN, END = "<!-- quickstart table -->", "<!-- end of quickstart table -->"
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as the README shows them."""
-    lines = [
-        "| | bits/weight | checkpoint | adapter | weight error | perplexity | seconds | peak memory |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in results["rows"]:
-        cells = [
-            row["label"],
-            f"{row['bits_per_weight']:.2f}",
-            size(row["backbone_bytes"]),
-            size(row["adapter_bytes"]) if row["adapter_bytes"] else "",
-            "" if row["weight_error"] is None else f"{row['weight_error']:.3f}",
-            f"{number(row['perplexity'])} ± {number(row['perplexity_se'])}",
-            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
-            "" if row["peak_memory_bytes"] is None else size(row["peak_memory_bytes"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(cells(Row(**row))) + " |" for row in results["rows"]]
     where = f"Measured on {results['machine']['cpu']}, {results['machine']['threads']} threads."
     return "\n".join([*lines, "", where])
 

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ from loftq.config import LoftQConfig
 from loftq.errors import OutputError, SourceError, WeightError
 from loftq.hub import adapter as adapters
 from loftq.modules import QuantEmbedding, QuantLinear
+from loftq.parallel import run_side_by_side
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.record import REPORT, ModuleRecord, QuantizationReport
 from loftq.report.system import PeakMemory, versions
@@ -142,11 +144,14 @@ def quantize_checkpoint(
     try:
         with _reporter(progress, sum(u.weights for u in units)) as advance:
             for unit in units:
-                began = time.perf_counter()
-                if unit.name not in staging.done:
-                    tensors, record = unit.compute(opened, config)
-                    staging.write_unit(unit.name, {index[n]: t for n, t in tensors.items()}, record)
-                    seconds[unit.name] = round(time.perf_counter() - began, 4)
+                if unit.name in staging.done:
+                    advance(unit.name, unit.weights)
+            todo = [unit for unit in units if unit.name not in staging.done]
+            jobs = ((unit, partial(unit.compute, opened.read(unit.source_name), config)) for unit in todo)
+            for unit, (result, took) in run_side_by_side(jobs, lambda unit: unit.weights):
+                tensors, record = result
+                staging.write_unit(unit.name, {index[n]: t for n, t in tensors.items()}, record)
+                seconds[unit.name] = round(took, 4)
                 advance(unit.name, unit.weights)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
@@ -185,9 +190,8 @@ class _Unit:
         if plan is not None:
             self.backbone = {self._prefix + n: i for n, i in storage_layout(plan.spec, plan.shape).items()}
 
-    def compute(self, source: Source, config: LoftQConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The unit's tensors under their output names, and its record."""
-        tensor = source.read(self.source_name)
+    def compute(self, tensor: Tensor, config: LoftQConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The unit's tensors under their output names, and its record, from the tensor as it was read."""
         if self.plan is None:
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise WeightError(

@@ -22,6 +22,7 @@ from loftq.evaluate.perplexity import perplexity
 from loftq.evaluate.text import BUILTIN, builtin_text
 from loftq.report.progress import bar
 from loftq.report.system import machine, versions
+from loftq.report.tables import number, size
 
 RESULTS = "quickstart.json"
 KEPT = "loftq-2bit"  # the folder that stays, for the commands printed at the end
@@ -62,6 +63,23 @@ class Row:
     seconds: float | None
     peak_memory_bytes: int | None
     command: str | None
+
+
+COLUMNS = ("", "bits/weight", "checkpoint", "adapter", "weight error", "perplexity", "seconds", "peak memory")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the table shows it, one string a column."""
+    return [
+        row.label,
+        f"{row.bits_per_weight:.2f}",
+        size(row.backbone_bytes),
+        size(row.adapter_bytes) if row.adapter_bytes else "",
+        "" if row.weight_error is None else f"{row.weight_error:.3f}",
+        f"{number(row.perplexity)} ± {number(row.perplexity_se)}",
+        "" if row.seconds is None else f"{row.seconds:.1f}",
+        "" if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
+    ]
 
 
 def run(

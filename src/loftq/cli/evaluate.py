@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loftq.cli.quiet import quiet_transformers
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Quantized folder, or any causal language model's folder or hub id.")],
@@ -23,6 +25,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity ± standard error on a text."""
+    quiet_transformers()
     from loftq.evaluate.models import default_window, encode, load_for_inference, load_tokenizer
     from loftq.evaluate.perplexity import perplexity
     from loftq.evaluate.text import read_text

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loftq.cli.quiet import quiet_transformers
+
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder that `loftq quantize` has written.")],
@@ -15,6 +17,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
 ) -> None:
     """Merge an adapter into the backbone it belongs to and save a dense checkpoint that loads anywhere."""
+    quiet_transformers()
     from loftq.export.dense import export_dense
 
     typer.echo(f"merged model in {export_dense(folder, out, adapter=adapter, dtype=dtype)}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loftq.cli.quiet import quiet_transformers
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="Quantized folder, or any causal language model's folder or hub id.")],
@@ -21,6 +23,7 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="Print prompt and continuation as JSON.")] = False,
 ) -> None:
     """Continue a prompt."""
+    quiet_transformers()
     from loftq.evaluate.models import continue_prompt, load_for_inference, load_tokenizer
     from loftq.report.tables import print_json
 

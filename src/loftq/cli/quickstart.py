@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loftq.cli.quiet import quiet_transformers
+
 
 def quickstart(
     model: Annotated[
@@ -20,41 +22,21 @@ def quickstart(
 ) -> None:
     """Measure full precision, QLoRA, published LoftQ and loftq on one model and print one table."""
     typer.echo("importing torch and transformers ...", err=True)
+    quiet_transformers()
     from loftq import quickstart as work
-    from loftq.report.tables import console, number, print_json, size, table
+    from loftq.report.tables import console, number, print_json, table
 
-    columns = {
-        "": "left",
-        "bits/weight": "right",
-        "checkpoint": "right",
-        "adapter": "right",
-        "weight error": "right",
-        "perplexity": "right",
-        "seconds": "right",
-        "peak memory": "right",
-    }
     lines = []
     results: dict[str, object] = {}
     for row, results in work.run(model, out, rank=rank, max_tokens=max_tokens, keep_all=keep_all):  # noqa: B007
         typer.echo(f"{row.label}: perplexity {number(row.perplexity)}", err=True)
-        lines.append(
-            [
-                row.label,
-                f"{row.bits_per_weight:.2f}",
-                size(row.backbone_bytes),
-                size(row.adapter_bytes) if row.adapter_bytes else "",
-                "" if row.weight_error is None else f"{row.weight_error:.3f}",
-                f"{number(row.perplexity)} ± {number(row.perplexity_se)}",
-                "" if row.seconds is None else f"{row.seconds:.1f}",
-                "" if row.peak_memory_bytes is None else size(row.peak_memory_bytes),
-            ]
-        )
+        lines.append(work.cells(row))
     if json_output:
         print_json(results)
         return
     screen = console()
     screen.print(f"\n{results['model']}, adapters of rank {rank}, before any fine-tuning")
-    screen.print(table(columns, lines))
+    screen.print(table(dict.fromkeys(work.COLUMNS, "right") | {"": "left"}, lines))
     screen.print(f"Results in {out / work.RESULTS}; the 2-bit model is in {out / work.KEPT}.\n")
     screen.print("Next, on a model of your own:")
     for command in work.next_commands():

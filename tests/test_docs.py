@@ -1,0 +1,244 @@
+"""The documentation is true: programs run, commands parse, links resolve, generated pages match, layers import downwards.
+
+A fenced block whose first line is ``# runnable`` runs here: Python blocks of a page in order in one namespace, bash blocks
+line by line through the command line itself, all in an empty folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import json
+import re
+import runpy
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer.main
+
+import loftq
+from loftq.cli import app
+from loftq.config import BITS, CODEBOOKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+RUNNABLE = "# runnable\n"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines of a bash block, continued ones joined."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def loftq_arguments(line: str) -> list[str] | None:
+    """What follows ``loftq`` in a command line, or ``None`` for another program."""
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    if not words or words[0].rpartition("/")[2] != "loftq":
+        return None
+    stop = next((i for i, word in enumerate(words) if word in ("|", ">", ">>", "&&", ";")), len(words))
+    return words[1:stop]
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse a command line without running it; Typer's error for what does not exist."""
+    group = typer.main.get_command(app)
+    verb, *rest = arguments
+    if verb in ("--version", "--help", "-h"):
+        return
+    assert verb in group.commands, f"loftq has no verb {verb}"
+    if not {"--help", "-h"} & set(rest):
+        group.commands[verb].make_context(verb, list(rest))
+
+
+def run_bash(text: str) -> None:
+    for line in command_lines(text):
+        arguments = loftq_arguments(line)
+        if arguments is not None:
+            app(arguments, standalone_mode=False)
+            continue
+        program, script, *rest = shlex.split(line)
+        assert (program, script) == ("python", "examples/finetune.py"), f"no way to run {line!r}"
+        finetune()["main"](rest)
+
+
+def finetune() -> dict:
+    return runpy.run_path(str(ROOT / "examples" / "finetune.py"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if RUNNABLE in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
+def test_runnable_blocks(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": page.stem}
+    for language, text in blocks(page):
+        if text.startswith(RUNNABLE):
+            assert language in ("python", "bash"), f"a runnable block of {page.name} is {language!r}"
+            if language == "bash":
+                run_bash(text)
+            else:
+                exec(compile(text, f"{page.name}: {text.splitlines()[1][:40]}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_parse(page):
+    for language, text in blocks(page):
+        if language == "bash":
+            for line in command_lines(text):
+                arguments = loftq_arguments(line)
+                if arguments is not None:
+                    parse(arguments)
+        elif language == "python":
+            compile(text, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_inline_commands_name_what_exists(page):
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    group = typer.main.get_command(app)
+    options = {name for verb in group.commands.values() for p in verb.params for name in (*p.opts, *p.secondary_opts)}
+    for code in re.findall(r"`loftq ([^`]+)`", prose):
+        verb, *rest = shlex.split(code)
+        assert verb in {*group.commands, "VERB", "--version", "--help"}, f"`loftq {code}` names no verb"
+        unknown = [w for w in rest if w.startswith("-") and w.partition("=")[0] not in {*options, "--help", "-h"}]
+        assert not unknown, f"`loftq {code}` names no option of loftq: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+            assert anchor in {slug(h) for h in headings}, f"{page.name} links to {target}, which is no heading"
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_match_the_code(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "37")  # the terminal has no say in them
+    assert generator().main(["--check"]) == 0, "run `make docs`"
+
+
+def test_check_reports_a_stale_page(tmp_path, monkeypatch, capsys):
+    generate = generator()
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    assert generate.main([]) == 0
+    assert generate.main(["--check"]) == 0
+    (tmp_path / "cli.md").write_text("old\n", encoding="utf-8")
+    assert generate.main(["--check"]) == 1
+    assert capsys.readouterr().err.strip() == "docs/cli.md do not match the code; run `make docs`"
+    assert (tmp_path / "cli.md").read_text(encoding="utf-8") == "old\n"
+
+
+def test_every_verb_and_name_is_documented():
+    cli = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for verb, command in typer.main.get_command(app).commands.items():
+        assert f"## loftq {verb}\n" in cli
+        section = cli.partition(f"## loftq {verb}\n")[2].partition("\n## ")[0]
+        for parameter in command.params:
+            names = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+            assert "--help" in names or all(f"`{name}`" in section for name in names)
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert all(f"## {name}\n" in api for name in loftq.__all__)
+
+
+@pytest.fixture(scope="module")
+def decode():
+    """The reference decoder of docs/format.md."""
+    text = next(t for _, t in blocks(ROOT / "docs" / "format.md") if "def decode" in t)
+    assert set(re.findall(r"^import (\w+)", text, re.MULTILINE)) == {"numpy"}
+    namespace: dict = {}
+    exec(text, namespace)
+    return namespace["decode"]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_reference_decoder(decode, bits, codebook):
+    """Bit for bit: both compute (codebook + offset) * scale in float32."""
+    weight = torch.randn(9, 128, generator=torch.Generator().manual_seed(bits))
+    for columns, double_quant, dtype in itertools.product((1, 70, 128), (False, True), ("float16", "float32")):
+        spec = loftq.QuantSpec(bits=bits, codebook=codebook, double_quant=double_quant, scale_dtype=dtype)
+        stored = loftq.decompose(weight[:, :columns], spec, rank=1, num_iter=0).quantized
+        tensors = {name: tensor.numpy() for name, tensor in stored.state_dict().items()}
+        actual = decode(tensors, bits, spec.block_size, columns)
+        np.testing.assert_array_equal(actual, stored.dequantize().numpy(), err_msg=f"{columns} columns, {spec}")
+
+
+def test_example_finetunes(tmp_path, monkeypatch, capsys):
+    """The example, from a quantized folder to an adapter that loads, evaluates and merges."""
+    monkeypatch.chdir(tmp_path)
+    tutorial = [text for language, text in blocks(ROOT / "docs" / "tutorial.md") if language == "python"]
+    exec(next(text for text in tutorial if "tiny-model" in text), {"__name__": "tutorial"})
+    loftq.quantize_checkpoint("tiny-model", "q", loftq.LoftQConfig(bits=2, rank=8), progress=False)
+    options = ["--steps", "12", "--length", "64", "--learning-rate", "1e-2"]
+    finetune()["main"](["q", "--text", "my-text.txt", "--out", "adapter", *options])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["held_out_loss_after"] < result["held_out_loss_before"] - 0.1, result
+    loftq.load("q", adapter="adapter")
+    loftq.export_dense("q", "merged", adapter="adapter")
+    shutil.rmtree("merged")
+
+
+# Which of our packages and modules each of the lower ones may import.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "kernels": {"kernels"},
+    "codec": {"codec", "config", "errors", "kernels"},
+    "solver": {"solver", "codec", "config", "errors"},
+    "modules": {"modules", "codec", "kernels", "config", "errors"},
+}
+
+
+def our_imports(file: Path) -> set[str]:
+    """The first-level names of ours that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            names = [f"loftq.{a.name}" for a in node.names] if node.module == "loftq" else [node.module or ""]
+        found |= {name.split(".")[1] if "." in name else "loftq" for name in names if name.split(".")[0] == "loftq"}
+    return found
+
+
+def test_imports_go_one_way():
+    package = ROOT / "src" / "loftq"
+    for file in package.rglob("*.py"):
+        part = file.relative_to(package).parts[0].removesuffix(".py")
+        imported = our_imports(file)
+        if part in MAY_IMPORT:
+            beyond = imported - MAY_IMPORT[part]
+            assert not beyond, f"{file.relative_to(ROOT)} imports {sorted(beyond)}"
+        if part != "cli":
+            assert "cli" not in imported, f"{file.relative_to(ROOT)} imports the command line"
