@@ -60,6 +60,8 @@ def reject_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> Non
 class QuantSpec:
     """How one matrix is stored: value = scale * codebook[code], one scale a block of ``block_size`` input features.
 
+    The affine ``uniform`` codebook has a zero point beside the scale: value = scale * (code + zero).
+
     Args:
         bits: width of a code, 2, 3, 4 or 8.
         codebook: ``nf`` (NormalFloat as published with QLoRA, asymmetric with an exact 0), ``nf-sym`` (symmetric),
@@ -114,7 +116,8 @@ class LoftQConfig:
         use_rslora: scaling = alpha / sqrt(r) instead of alpha / r.
         lora_dropout: dropout that fine-tuning will use; written to the adapter's config.
         num_iter: alternations T. 0 keeps the plain quantization and PEFT's default initialisation (QLoRA).
-        method: ``loftq``, ``loftq-svd-first`` (the paper's Table 6 ablation) or ``qlora``.
+        method: ``loftq``, ``loftq-principal`` (starts from the SVD of W), ``loftq-svd-first`` (the paper's Table 6
+            ablation) or ``qlora``.
         svd: ``exact`` (LAPACK), ``block`` (block power iteration, warm-started) or ``auto``.
         target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT.
         exclude_modules: modules to leave alone, same syntax as in PEFT.
@@ -204,7 +207,7 @@ class LoftQConfig:
 
 
 PUBLISHED: dict[str, Any] = {"codebook": "nf", "scale": "absmax", "scale_dtype": "float32"}
-"""The quantizer of the papers: ``LoftQConfig(bits=2, **PUBLISHED)``; add ``svd="exact"`` for LoftQ to the letter."""
+"""The quantizer of the papers: ``LoftQConfig(bits=2, **PUBLISHED)``; add ``svd="exact"`` for LoftQ's own SVD."""
 
 
 def is_number(value: Any) -> bool:

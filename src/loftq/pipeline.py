@@ -327,6 +327,7 @@ def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Pr
                 )
             else:
                 packed = QuantLinear.from_quantized(result.quantized, module.bias)  # type: ignore[arg-type]
+                packed.was_conv1d = plan.kind == "conv1d"
             replace_module(model, name, packed)
             state.update(adapters.adapter_tensors(plan, result.lora_A, result.lora_B))
             del module, weight

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -281,12 +282,28 @@ def test_small_disk_that_grows(source, expected, small_disk, monkeypatch):
             quantize(source)
             break
         except loftq.OutputError as error:
-            assert "is full" in str(error)  # noqa: PT017 - one of many attempts
+            assert "free some space and run the same command again" in str(error)  # noqa: PT017 - one of many attempts
             assert not Path("out").exists()
             failures += 1
     assert failures > 10, f"{failures} failures"
     assert contents(Path("out")) == expected
     monkeypatch.chdir("/")  # or the disk is busy
+
+
+def test_no_room_for_a_rank_beyond_reason(source):
+    """Refused before anything is allocated: half an output would leave the disk full."""
+    refused(source, r"the output takes [\d,.]+ GB more; free some space", config=CONFIG.replace(rank=10**9))
+    taken = sum(p.stat().st_blocks * 512 for p in Path("out.incomplete").rglob("*"))
+    assert taken < 1e6, f"{taken} bytes"
+
+
+def test_failed_allocation_gives_the_space_back(source, small_disk, monkeypatch):
+    """Where free space is unknown, as under a quota, the allocation itself fails."""
+    folder, _ = small_disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    refused(source, "is full", folder / "out")
+    taken = sum(p.stat().st_blocks * 512 for p in folder.rglob("model.safetensors"))
+    assert taken == 0, f"{taken} bytes"
 
 
 def test_mount_point(source, small_disk):

@@ -27,6 +27,18 @@ def test_loaded_equals_dense(name, bits, tmp_path):
     assert not torch.allclose(expected, before, atol=1e-3), "quantization changed nothing"
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_export_is_a_plain_checkpoint(name, tmp_path):
+    original = tiny_model(name)
+    original.save_pretrained(tmp_path / "source")
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", loftq.LoftQConfig(bits=4, rank=8, num_iter=1))
+    loftq.export_dense(tmp_path / "out", tmp_path / "dense", dtype="float32")
+    exported, info = type(original).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"]
+    actual, expected = first_output(exported, name), first_output(loftq.load(tmp_path / "out"), name)
+    assert (actual - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["bert", "deberta-v2"])
 def test_quantized_embeddings(name, tmp_path):
     original = tiny_model(name)

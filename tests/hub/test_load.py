@@ -152,6 +152,12 @@ def test_trained_adapter_merges_into_its_backbone_only(quantized, stories_dir, t
     assert not (tmp_path / "wrong").exists()
 
 
+def test_adapter_of_another_backbone_is_not_loaded(quantized, stories_dir, tmp_path):
+    loftq.quantize_checkpoint(stories_dir, tmp_path / "other", loftq.LoftQConfig(bits=3, rank=RANK, num_iter=0))
+    with pytest.raises(loftq.BackboneMismatchError, match="it was trained on"):
+        loftq.load(quantized, adapter=tmp_path / "other/loftq_init")
+
+
 def test_adapter_without_a_recorded_backbone(quantized, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(quantized / "loftq_init", adapter)

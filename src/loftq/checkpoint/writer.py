@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,20 +182,37 @@ class Staging:
         os.fsync(self._journal.fileno())
 
     def _create(self, files: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+        layouts = {file: header_bytes(tensors) for file, tensors in files.items()}
+        sizes = {f: len(layouts[f][0]) + sum(info.nbytes for info in tensors.values()) for f, tensors in files.items()}
+        self._check_room(sizes)
         for file, tensors in files.items():
-            header, begins = header_bytes(tensors)
-            size = len(header) + sum(info.nbytes for info in tensors.values())
+            (header, begins), size = layouts[file], sizes[file]
             path = self.path / file
             path.parent.mkdir(exist_ok=True)
             stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed in finish
             self._streams[file] = stream
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, size)  # a full disk shows now rather than hours later
+                before = path.stat().st_size
+                try:
+                    os.posix_fallocate(stream.fileno(), 0, size)  # a full disk shows now rather than hours later
+                except OSError:
+                    stream.truncate(before)  # it may have taken all the space there was
+                    raise
             stream.truncate(size)
             stream.write(header)
             stream.flush()
             for name, info in tensors.items():
                 self._where[f"{file}:{name}"] = (file, begins[name], info)
+
+    def _check_room(self, sizes: Mapping[str, int]) -> None:
+        paths = [self.path / file for file in sizes]
+        needed = sum(sizes.values()) - sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in paths if p.exists())
+        disk = shutil.disk_usage(self.path)
+        if disk.total and needed > disk.free:
+            raise OutputError(
+                f"the disk of {self.out_dir} has {disk.free / 1e9:,.3f} GB left, but the output takes {needed / 1e9:,.3f} GB "
+                f"more; free some space and run the same command again"
+            )
 
     def _is_intact(self, key: str, digest: str) -> bool:
         if key not in self._where:

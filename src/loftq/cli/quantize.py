@@ -20,13 +20,15 @@ def _choices(values: tuple[object, ...]) -> str:
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create; absent or empty.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to create; absent, empty, or an earlier run to continue.")
+    ],
     bits: Annotated[int, typer.Option(help=f"Bits per weight: {_choices(BITS)}.")] = _DEFAULT.bits,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapter.")] = _DEFAULT.rank,
     iters: Annotated[
         int, typer.Option("--iters", "--iter", help="Alternations T; 0 is plain quantization (QLoRA).")
     ] = _DEFAULT.num_iter,
-    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha; the rank by default.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha. [default: the rank]")] = None,
     use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,
     lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
     method: Annotated[str, typer.Option(help=f"{_choices(METHODS)}.")] = _DEFAULT.method,
@@ -40,9 +42,14 @@ def quantize(
         bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
     ] = False,
     target_modules: Annotated[
-        list[str] | None, typer.Option(help="all-linear, names, or a regular expression, as in PEFT.")
+        list[str] | None,
+        typer.Option(
+            help="all-linear, names (repeatable or with commas), or a regular expression, as in PEFT. [default: all-linear]"
+        ),
     ] = None,
-    exclude_modules: Annotated[list[str] | None, typer.Option(help="Names or a regular expression.")] = None,
+    exclude_modules: Annotated[
+        list[str] | None, typer.Option(help="Names (repeatable or with commas), or a regular expression.")
+    ] = None,
     bits_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")] = None,
     rank_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=RANK, repeatable.")] = None,
     first_layers_bits: Annotated[

@@ -40,7 +40,7 @@ def load_for_inference(
     """
     import transformers
 
-    from loftq.hub.load import load, load_backbone
+    from loftq.hub.load import check_adapter_folder, load, load_backbone
 
     one_of("dtype", dtype, _DTYPES)
     if adapter is not None and not use_adapter:
@@ -61,8 +61,17 @@ def load_for_inference(
         if adapter is not None:
             from peft import PeftModel
 
+            check_adapter_folder(adapter)
             loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    check_causal(loaded, model)
     return loaded.to(device).eval()
+
+
+def check_causal(loaded: nn.Module, name: str | Path) -> None:
+    """A :class:`SourceError` unless the model predicts the next token of a text."""
+    base = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:  # type: ignore[operator, union-attr]
+        raise SourceError(f"{name} is a {type(base).__name__}, expected a causal language model for this")
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -119,6 +128,8 @@ def continue_prompt(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if inputs.input_ids.shape[1] == 0:
+        raise ConfigError("the prompt is empty, expected some text to continue")
     inputs = inputs.to(next(model.parameters()).device)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from loftq.checkpoint.writer import check_target, disk_errors
 from loftq.config import one_of
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import check_adapter
-from loftq.hub.quantizer import dequantize_modules
+from loftq.hub.quantizer import dequantize_modules, restore_conv1d
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -45,7 +46,7 @@ def export_dense(
     check_adapter(directory, adapter_dir)
     model = load(directory, adapter=adapter_dir, dtype=torch.float32)
     dequantize_modules(model)
-    merged = model.merge_and_unload().to(DTYPES[dtype])
+    merged: Any = restore_conv1d(model.merge_and_unload()).to(DTYPES[dtype])
     if hasattr(merged.config, "quantization_config"):
         del merged.config.quantization_config
     merged.hf_quantizer = None

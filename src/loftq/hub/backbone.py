@@ -31,6 +31,11 @@ def backbone_sha256(directory: Path) -> str:
     return combine_digests(digests)
 
 
+def adapter_backbone(adapter_dir: Path) -> str | None:
+    """The hash of the backbone an adapter says it was made for, if it says so."""
+    return (read_json(Path(adapter_dir) / ADAPTER_CONFIG).get("auto_mapping") or {}).get(BACKBONE_KEY)
+
+
 def check_adapter(directory: Path, adapter_dir: Path) -> str:
     """The hash of the backbone in ``directory``, after checking that the adapter was made for it.
 
@@ -43,7 +48,7 @@ def check_adapter(directory: Path, adapter_dir: Path) -> str:
         raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
     config = read_json(path)
     actual = backbone_sha256(directory)
-    recorded = (config.get("auto_mapping") or {}).get(BACKBONE_KEY)
+    recorded = adapter_backbone(adapter_dir)
     if recorded is None:
         base = config.get("base_model_name_or_path")
         if base is not None and Path(base).resolve() == Path(directory).resolve():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import SourceError
-from loftq.hub.adapter import INIT_DIR
-from loftq.hub.backbone import read_quantization_config
+from loftq.errors import BackboneMismatchError, SourceError
+from loftq.hub.adapter import ADAPTER_CONFIG, INIT_DIR
+from loftq.hub.backbone import adapter_backbone, read_quantization_config
+from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +45,17 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     return model
 
 
+def check_adapter_folder(adapter_dir: Path) -> Path:
+    """The folder, if a PEFT adapter is in it.
+
+    Raises:
+        SourceError: it is not.
+    """
+    if not (adapter_dir / ADAPTER_CONFIG).exists():
+        raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
+    return adapter_dir
+
+
 def load(
     directory: str | Path, *, adapter: str | Path | None = None, trainable: bool = False, **from_pretrained_kwargs: Any
 ) -> PeftModel:
@@ -57,12 +69,18 @@ def load(
 
     Raises:
         SourceError: if the folder or the adapter is missing or incomplete.
+        BackboneMismatchError: if the adapter says that it was made for another backbone.
     """
     from peft import PeftModel
 
     directory = Path(directory)
     model = load_backbone(directory, **from_pretrained_kwargs)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
-    if not (adapter_dir / "adapter_config.json").exists():
-        raise SourceError(f"{adapter_dir} has no adapter_config.json, expected a PEFT adapter folder")
+    recorded = adapter_backbone(check_adapter_folder(adapter_dir))
+    expected = QuantizationReport.load(directory).backbone_sha256 if (directory / REPORT).exists() else None
+    if recorded and expected and recorded != expected:
+        raise BackboneMismatchError(
+            f"the adapter in {adapter_dir} belongs to backbone {recorded[:12]}…, but {directory} is {expected[:12]}…; load it "
+            f"with the quantized folder it was trained on"
+        )
     return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)

@@ -96,7 +96,7 @@ class LoftQHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return dequantize_modules(model, dtype)
+        return restore_conv1d(dequantize_modules(model, dtype))
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -124,7 +124,9 @@ def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
         return QuantEmbedding(rows, columns, module.padding_idx, spec=spec, device="meta", dtype=weight.dtype)
     if is_transposed(module):
         rows, columns = columns, rows
-    return QuantLinear(columns, rows, module.bias is not None, spec=spec, device="meta", dtype=weight.dtype)
+    layer = QuantLinear(columns, rows, module.bias is not None, spec=spec, device="meta", dtype=weight.dtype)
+    layer.was_conv1d = is_transposed(module)
+    return layer
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -145,7 +147,7 @@ def present_for_dtype_checks(model: nn.Module) -> None:
 
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every packed layer by a dense one, in place."""
+    """Replace every packed layer by a dense one, in place; what was a ``Conv1D`` until :func:`restore_conv1d`."""
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedWeight)]:
         weight = module.dequantize(dtype or torch.float32)
         if isinstance(module, QuantEmbedding):
@@ -155,5 +157,20 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> nn
             dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             dense.weight = nn.Parameter(weight, requires_grad=False)
             dense.bias = module.bias
+            dense.was_conv1d = module.was_conv1d  # type: ignore[assignment]
+        replace_module(model, name, dense)
+    return model
+
+
+def restore_conv1d(model: nn.Module) -> nn.Module:
+    """Replace the linear layers that stand for a ``Conv1D`` by one, in place: adapters have been merged by now."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in [(n, m) for n, m in model.named_modules() if getattr(m, "was_conv1d", False)]:
+        assert isinstance(module, nn.Linear)
+        with torch.device("meta"):
+            dense = Conv1D(module.out_features, module.in_features)
+        dense.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)
+        dense.bias = module.bias
         replace_module(model, name, dense)
     return model

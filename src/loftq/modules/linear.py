@@ -20,7 +20,12 @@ class QuantLinear(PackedWeight, nn.Linear):
     A subclass of :class:`torch.nn.Linear`, so PEFT wraps it like any other. ``weight`` is the packed uint8 buffer; it
     gets no gradient, the input and the bias do. Under autocast the product runs in the autocast dtype, otherwise in the
     input's. Build one with :meth:`from_linear`.
+
+    Attributes:
+        was_conv1d: it took the place of a transformers ``Conv1D``, which stores the transposed matrix.
     """
+
+    was_conv1d = False
 
     def __init__(
         self,
@@ -46,7 +51,9 @@ class QuantLinear(PackedWeight, nn.Linear):
             WeightError: for another kind of layer, or a weight with NaN or infinite elements.
         """
         weight = dense_weight(linear)
-        return cls.from_quantized(quantize(weight, spec), linear.bias).train(linear.training)  # type: ignore[arg-type]
+        layer = cls.from_quantized(quantize(weight, spec), linear.bias)  # type: ignore[arg-type]
+        layer.was_conv1d = is_transposed(linear)
+        return layer.train(linear.training)
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor, bias: Tensor | None = None) -> QuantLinear:

@@ -5,6 +5,9 @@
     quantization first (published):  Q <- quantize(W - L);  L <- SVD_r(W - Q)
     SVD first (ablation):            L <- SVD_r(W - Q);     Q <- quantize(W - L)
 
+Both start from nothing, Q = L = 0. ``loftq-principal`` puts quantization first but starts from L = SVD_r(W), as PiSSA
+does (arXiv 2404.02948): the largest directions of W are never quantized, and the weight error ends lower.
+
 with L = scaling * B A. The published loop returns its last iterate, which need not be its best: with an absmax
 quantizer the error is not monotone. Here the iterate with the smallest error is returned, plain quantization (L = 0)
 being iterate 0, so the result is never worse than plain quantization.
@@ -80,7 +83,7 @@ def decompose(
         spec: how Q is stored.
         rank: r. Beyond min(out, in) the surplus starts as PEFT starts an adapter: A random, B zero.
         num_iter: alternations T; 0 is plain quantization with PEFT's default adapter.
-        method: ``loftq``, ``loftq-svd-first`` or ``qlora``; see :mod:`loftq.solver.methods`.
+        method: ``loftq``, ``loftq-principal``, ``loftq-svd-first`` or ``qlora``; see :mod:`loftq.solver.methods`.
         lora_alpha: LoRA's alpha, ``None`` for the rank. The factors are divided by sqrt(scaling) each, so the layer
             computes the fitted matrix for every alpha.
         use_rslora: scaling alpha / sqrt(r) instead of alpha / r.

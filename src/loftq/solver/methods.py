@@ -16,6 +16,7 @@ class Method:
         source: where it was published.
         alternate: fit the adapter to the residual, ``num_iter`` times; otherwise PEFT's default initialisation.
         svd_first: swap the two lines of Algorithm 1's loop.
+        principal_start: start from L = SVD_r(W) instead of L = 0.
     """
 
     source: str
@@ -26,7 +27,7 @@ class Method:
 
 METHODS = {
     "loftq": Method("LoftQ, Algorithm 1 (arXiv 2310.08659)"),
-    "loftq-principal": Method("quantization first, from L = SVD_r(W)", principal_start=True),
+    "loftq-principal": Method("LoftQ from PiSSA's start (arXiv 2404.02948)", principal_start=True),
     "loftq-svd-first": Method("LoftQ, Table 6 (arXiv 2310.08659)", svd_first=True),
     "qlora": Method("QLoRA (arXiv 2305.14314)", alternate=False),
 }
