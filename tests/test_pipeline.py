@@ -200,3 +200,33 @@ def test_header_of_the_real_model(stories_dir):
     infos = {n: TensorInfo(t.dtype, tuple(t.shape)) for n, t in load_file(stories_dir / SINGLE).items()}
     header, _ = header_bytes(infos)
     assert (stories_dir / SINGLE).read_bytes()[: len(header)] == header
+
+
+@pytest.mark.parametrize("missing", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_parameter_that_the_source_lacks(tmp_path, missing):
+
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    tensors = load_file(file)
+    del tensors[missing]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(loftq.SourceError, match=f"lacks {missing}"):
+        loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", loftq.LoftQConfig(rank=2), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_that_the_model_does_not_know_passes_through(tmp_path):
+
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/model.safetensors"
+    mask = torch.full((4,), float("-inf"))
+    save_file({**load_file(file), "model.mask": mask}, file, metadata={"format": "pt"})
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", loftq.LoftQConfig(rank=2, num_iter=0))
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["model.mask"], mask)
+
+
+def test_reading_a_report_that_lists_nothing(tmp_path):
+    for content in ("[]", '{"modules": []}'):
+        (tmp_path / "loftq_report.json").write_text(content)
+        with pytest.raises(loftq.SourceError, match="is damaged"):
+            loftq.QuantizationReport.load(tmp_path)

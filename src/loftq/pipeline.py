@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loftq.checkpoint.naming import meta_model, model_names
+from loftq.checkpoint.naming import meta_model, missing_parameters, model_names
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
 from loftq.codec.blockwise import check_weight
@@ -159,7 +159,8 @@ def quantize_checkpoint(
             other_bytes=sum(u.nbytes for u in units if u.plan is None),
             config=fingerprint["config"],
             source={"name": str(opened.path), "sha256": hashes},
-            backbone_sha256=_backbone_digest(staging.digests()),
+            backbone_sha256=_digest(staging.digests(), adapter=False),
+            adapter_sha256=_digest(staging.digests(), adapter=True),
             versions=versions(),
             command=command,
             timing={
@@ -179,7 +180,10 @@ def quantize_checkpoint(
 class _Unit:
     """One piece of work: a module to quantize, or a tensor to pass through."""
 
-    def __init__(self, source_name: str, info: TensorInfo, plan: ModulePlan | None, output_name: str) -> None:
+    def __init__(
+        self, source_name: str, info: TensorInfo, plan: ModulePlan | None, output_name: str, known: bool
+    ) -> None:
+        self.known = known
         self.name = plan.name if plan is not None else source_name
         self.source_name = source_name
         self.plan = plan
@@ -193,7 +197,8 @@ class _Unit:
     def compute(self, tensor: Tensor, config: LoftQConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The unit's tensors under their output names, and its record, from the tensor as it was read."""
         if self.plan is None:
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            # a tensor that the model does not know may be a mask with -inf
+            if self.known and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise WeightError(
                     f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
                 )
@@ -222,11 +227,12 @@ def _units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]) ->
                 f"{source_name} is {info.dtype}, expected floating point of 16 bits or more; start from a full-precision "
                 f"checkpoint"
             )
-        units.append(_Unit(source_name, info, plan, output_name))
-    if weights:
+        units.append(_Unit(source_name, info, plan, output_name, source_name in names))
+    missing = [*weights, *sorted(missing_parameters(model, names, source.tensors) - weights.keys())]
+    if missing:
         raise SourceError(
-            f"the checkpoint lacks {next(iter(weights))} (and {len(weights) - 1} more) of the modules to quantize; fetch it "
-            f"again or leave them out with exclude_modules"
+            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more) of {type(model).__name__}'s weights; fetch it "
+            f"again, or name the right architecture in config.json"
         )
     return units
 
@@ -254,10 +260,10 @@ def _layout(
     return files, {name: f"{file}:{name}" for file, tensors in files.items() for name in tensors}
 
 
-def _backbone_digest(digests: Mapping[str, str]) -> str:
+def _digest(digests: Mapping[str, str], *, adapter: bool) -> str:
     from loftq.hub.backbone import combine_digests
 
-    named = {key.partition(":")[2]: d for key, d in digests.items() if not key.startswith(adapters.INIT_DIR)}
+    named = {k.partition(":")[2]: d for k, d in digests.items() if k.startswith(adapters.INIT_DIR) is adapter}
     return combine_digests(named)
 
 

@@ -158,6 +158,15 @@ def test_adapter_of_another_backbone_is_not_loaded(quantized, stories_dir, tmp_p
         loftq.load(quantized, adapter=tmp_path / "other/loftq_init")
 
 
+def test_export_leaves_neighbours_alone(quantized, tmp_path):
+    neighbour = tmp_path / "dense.incomplete"
+    neighbour.mkdir()
+    (neighbour / "thesis.tex").write_text("precious")
+    loftq.export_dense(quantized, tmp_path / "dense")
+    assert (neighbour / "thesis.tex").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "dense.incomplete"]
+
+
 def test_adapter_without_a_recorded_backbone(quantized, tmp_path):
     adapter = tmp_path / "adapter"
     shutil.copytree(quantized / "loftq_init", adapter)

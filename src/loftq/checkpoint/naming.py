@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,3 +57,26 @@ def model_names(model: PreTrainedModel, source_names: Iterable[str]) -> dict[str
         if converter is None and name in known:
             result[source_name] = name
     return result
+
+
+def missing_parameters(model: PreTrainedModel, names: Mapping[str, str], source_names: Iterable[str]) -> set[str]:
+    """Parameters that no tensor of the source provides; ``names`` is the result of :func:`model_names`.
+
+    Tied parameters count with the one they share their weight with. Nothing is said of a model that transformers
+    assembles from the source's tensors, since those have other names there.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    assembles = any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model))
+    if assembles and set(source_names) - set(names):
+        return set()
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    optional = [*(model._keys_to_ignore_on_load_missing or ())]
+    present = set(names.values())
+    present |= {k for pair in tied.items() for k in pair if present.intersection(pair)}
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name not in present and not any(re.search(pattern, name) for pattern in optional)
+    }

@@ -134,9 +134,9 @@ class SafetensorsSource:
         SourceError: a missing or truncated file, an index that names a missing shard or tensor, pickled weights only.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, single: str = SINGLE) -> None:
         self.path = path
-        self.files = self._shards()
+        self.files = self._shards(single)
         self.tensors: dict[str, TensorInfo] = {}
         self._where: dict[str, tuple[Path, int, int]] = {}
         for file in self.files:
@@ -150,7 +150,7 @@ class SafetensorsSource:
                 f"checkpoint again"
             )
 
-    def _shards(self) -> list[Path]:
+    def _shards(self, single: str) -> list[Path]:
         self._expected: list[str] = []
         index = self.path / INDEX
         if index.exists():
@@ -168,15 +168,15 @@ class SafetensorsSource:
                     f"fetch the checkpoint again"
                 )
             return files
-        if (self.path / SINGLE).exists():
-            return [self.path / SINGLE]
+        if (self.path / single).exists():
+            return [self.path / single]
         pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pth"), *self.path.glob("*.pt")])
         if pickled:
             raise SourceError(
                 f"{self.path} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
                 f"runs code; convert them to safetensors first"
             )
-        raise SourceError(f"{self.path} has neither {SINGLE} nor {INDEX}; expected a folder with a model checkpoint")
+        raise SourceError(f"{self.path} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
 
     def config(self) -> PretrainedConfig:
         return read_config(self.path)

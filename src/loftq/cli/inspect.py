@@ -10,7 +10,7 @@ import typer
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder that `loftq quantize` has written.")],
-    check: Annotated[bool, typer.Option("--check", help="Also read all weights and compare their hash.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also read all weights and compare their hashes.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what a quantized folder holds: bits, rank, bytes and error of every module, and totals."""
@@ -20,14 +20,17 @@ def inspect(
     report = QuantizationReport.load(folder)
     if check:
         from loftq.errors import BackboneMismatchError
-        from loftq.hub.backbone import backbone_sha256
+        from loftq.hub.backbone import adapter_sha256, backbone_sha256
 
-        actual = backbone_sha256(folder)
-        if actual != report.backbone_sha256:
-            raise BackboneMismatchError(
-                f"the weights in {folder} have hash {actual[:12]}…, but its report says {report.backbone_sha256[:12]}…; "
-                f"they were changed or damaged, quantize again"
-            )
+        for what, actual, recorded in (
+            ("weights", backbone_sha256(folder), report.backbone_sha256),
+            ("fitted adapter", adapter_sha256(folder), report.adapter_sha256),
+        ):
+            if actual != recorded:
+                raise BackboneMismatchError(
+                    f"the {what} in {folder} have hash {actual[:12]}…, but the report says {recorded[:12]}…; they were "
+                    f"changed or damaged, quantize again"
+                )
     if json_output:
         print_json(report.to_dict())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ def load_for_inference(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     loaded: nn.Module
+    check_exists(model)
     if is_quantized(model):
         if use_adapter:
             loaded = load(model, adapter=adapter, dtype=chosen)
@@ -65,6 +67,12 @@ def load_for_inference(
             loaded = PeftModel.from_pretrained(loaded, str(adapter))
     check_causal(loaded, model)
     return loaded.to(device).eval()
+
+
+def check_exists(model: str | Path) -> None:
+    """A :class:`SourceError` for what is neither a folder here nor could be the name of a model on the hub."""
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)):
+        raise SourceError(f"{model} does not exist, expected a model's folder or a hub id")
 
 
 def check_causal(loaded: nn.Module, name: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def export_dense(
     """
     from loftq.hub.load import load
 
-    directory, out_dir = Path(directory), Path(out_dir)
+    directory, out_dir = Path(directory), Path(out_dir).expanduser().resolve()
     one_of("dtype", dtype, DTYPES)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
     check_target(out_dir)
@@ -51,15 +52,25 @@ def export_dense(
         del merged.config.quantization_config
     merged.hf_quantizer = None
     merged.is_quantized = False
-    partial = out_dir.parent / (out_dir.name + ".incomplete")
     with disk_errors(out_dir):
-        shutil.rmtree(partial, ignore_errors=True)
-        merged.save_pretrained(partial)
-        for file in directory.iterdir():
-            if file.is_file() and not (partial / file.name).exists() and _is_extra(file):
-                shutil.copyfile(file, partial / file.name)
-        os.replace(partial, out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+        try:
+            merged.save_pretrained(partial)
+            for file in directory.iterdir():
+                if file.is_file() and not (partial / file.name).exists() and _is_extra(file):
+                    shutil.copyfile(file, partial / file.name)
+            partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+            os.replace(partial, out_dir)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return out_dir
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _is_extra(file: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loftq.checkpoint.source import SafetensorsSource, as_bytes, read_json
 from loftq.errors import BackboneMismatchError, SourceError
-from loftq.hub.adapter import ADAPTER_CONFIG, BACKBONE_KEY
+from loftq.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BACKBONE_KEY, INIT_DIR
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
@@ -24,10 +24,20 @@ def backbone_sha256(directory: Path) -> str:
     Raises:
         SourceError: if the weights are missing or damaged.
     """
-    source = SafetensorsSource(Path(directory))
-    digests = {}
-    for name in source.tensors:
-        digests[name] = hashlib.sha256(memoryview(as_bytes(source.read(name)))).hexdigest()
+    return _content_sha256(SafetensorsSource(Path(directory)))
+
+
+def adapter_sha256(directory: Path) -> str:
+    """The hash of a quantized folder's fitted adapter, read from its file.
+
+    Raises:
+        SourceError: if the adapter is missing or damaged.
+    """
+    return _content_sha256(SafetensorsSource(Path(directory) / INIT_DIR, single=ADAPTER_WEIGHTS))
+
+
+def _content_sha256(source: SafetensorsSource) -> str:
+    digests = {n: hashlib.sha256(memoryview(as_bytes(source.read(n)))).hexdigest() for n in source.tensors}
     return combine_digests(digests)
 
 

@@ -50,6 +50,7 @@ class QuantizationReport:
         config: the :class:`loftq.LoftQConfig` as a dict.
         source: its name, and the sha256 of each of its files.
         backbone_sha256: identifies the quantized backbone; the adapter's config carries the same.
+        adapter_sha256: identifies the fitted adapter.
         versions: of the packages that matter. command: the exact command, where there was one.
         timing: seconds in all and per module, peak memory. Apart from ``timing`` and ``command`` the report is the
             same however often a run was interrupted.
@@ -60,6 +61,7 @@ class QuantizationReport:
     config: dict[str, Any]
     source: dict[str, Any]
     backbone_sha256: str
+    adapter_sha256: str
     versions: dict[str, str]
     command: str | None = None
     timing: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +126,9 @@ class QuantizationReport:
         if not path.exists():
             raise SourceError(f"{directory} has no {REPORT}, expected a folder that `loftq quantize` has written")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError) as error:
+            report = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            if not report.modules:
+                raise ValueError("it lists no modules")
+            return report
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SourceError(f"{path} is damaged ({error}); quantize again") from None

@@ -1,0 +1,38 @@
+"""The README's Python example and table; its command lines are parsed in test_docs.py."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from tiny import tiny_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    before, after = code.replace("path/or/hub-id", "source").split("# ... train it")
+    namespace = {}
+    exec(before.replace("rank=64", "rank=4"), namespace)
+    namespace["model"].save_pretrained("my-adapter")
+    exec("#" + after, namespace)
+    assert (tmp_path / "my-model/config.json").exists()
+
+
+def test_table_is_the_recorded_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks/readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main("--check") == 0, "run python benchmarks/readme_table.py RESULTS"
+    sys.modules.pop("readme_table", None)
+
+
+def test_make_commands_named_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
