@@ -23,3 +23,9 @@ class OutputError(LoftQError):
 
 class BackboneMismatchError(LoftQError):
     """An adapter that does not belong to the quantized backbone it is applied to."""
+
+
+def first_line(error: BaseException) -> str:
+    """Another library's message in one line, which may be long or empty; with the next where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

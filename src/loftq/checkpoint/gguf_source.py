@@ -13,39 +13,23 @@ from __future__ import annotations
 
 import copy
 import math
-import mmap
-import struct
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loftq.checkpoint.gguf_file import read_contents
 from loftq.codec.qtensor import TensorInfo
-from loftq.errors import SourceError
+from loftq.errors import SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32  # where the file has no general.alignment, by the format's specification
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
 _CHUNK = 1 << 20  # weights dequantized at a time: 4 MiB of float32 keeps the work space small and in the cache
-
-
-class _Entry(NamedTuple):
-    """One tensor of the file: ``shape`` in torch's order, ``begin`` and ``nbytes`` of its data in the file."""
-
-    kind: Any  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
 
 
 class GGUFSource:
@@ -70,7 +54,7 @@ class GGUFSource:
             raise SourceError(
                 f"{self.path} cannot be read because the gguf package is not installed; pip install loftq[gguf]"
             ) from None
-        metadata, self._entries = _read_contents(self.path)
+        metadata, self._entries = read_contents(self.path)
         self._check_kinds()
         self._architecture = str(metadata["general.architecture"])
         if metadata.get("split.count", 1) not in (0, 1):
@@ -117,7 +101,7 @@ class GGUFSource:
             tokenizer.save_pretrained(out_dir)
         except Exception as error:
             warnings.warn(
-                f"{self.path} holds no tokenizer that transformers can rebuild ({_first_line(error)}); put the "
+                f"{self.path} holds no tokenizer that transformers can rebuild ({first_line(error)}); put the "
                 f"original model's tokenizer files into {out_dir}",
                 stacklevel=2,
             )
@@ -143,7 +127,7 @@ class GGUFSource:
         except Exception as error:
             raise self._unreadable(
                 f"holds a model of architecture {self._architecture!r}, expected one that transformers can read from "
-                f"GGUF ({_first_line(error)})"
+                f"GGUF ({first_line(error)})"
             ) from None
         for attribute in ("quantization_config", "_model_name_or_path"):  # the second is the file's title, no path
             if hasattr(config, attribute):
@@ -165,7 +149,7 @@ class GGUFSource:
                     model = transformers.AutoModelForSeq2SeqLM.from_config(config)
         except Exception as error:
             raise self._unreadable(
-                f"describes a {config.model_type!r} model that transformers cannot build ({_first_line(error)})"
+                f"describes a {config.model_type!r} model that transformers cannot build ({first_line(error)})"
             ) from None
         config.architectures = [type(model).__name__]
         return model
@@ -178,7 +162,7 @@ class GGUFSource:
                 return _ConverterRules(self._architecture, self._config)
             return _ProcessorRules(self._architecture, self._config, model)
         except (NotImplementedError, ValueError) as error:
-            raise self._unreadable(f"has tensor names that are not known ({_first_line(error)})") from None
+            raise self._unreadable(f"has tensor names that are not known ({first_line(error)})") from None
 
     def _match(self, model: PreTrainedModel, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
         """The model's parameters and where the file holds them; raises where one is missing, warns of leftovers."""
@@ -305,102 +289,3 @@ class _ConverterRules:
         for part, pattern, tensor in zip(parts, patterns, tensors, strict=True):
             rule.add_tensor(name, part, pattern, tensor)
         return rule.convert(name, config=self._config)[name]
-
-
-class _Cursor:
-    """Little-endian values one after another; never reads past the end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.at = 0
-
-    def take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + layout, self.data, self.at)
-        self.at += struct.calcsize("<" + layout)
-        return values
-
-    def text(self) -> str:
-        (length,) = self.take("Q")
-        return self.take(f"{length}s")[0].decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        """A metadata value; arrays (the vocabulary, the merges) are stepped over and give None."""
-        if kind in _SCALARS:
-            return self.take(_SCALARS[kind])[0]
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"metadata of unknown type {kind}")
-        inner, count = self.take("IQ")
-        if inner in _SCALARS:
-            self.at += count * struct.calcsize("<" + _SCALARS[inner])
-        elif inner == _STRING:
-            for _ in range(count):
-                (length,) = self.take("Q")
-                self.at += length
-        else:
-            raise ValueError(f"a metadata array of unknown type {inner}")
-        return None
-
-
-def _read_contents(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    """Metadata (without its arrays) and tensors of a GGUF file.
-
-    Raises:
-        SourceError: if it is no GGUF file, of an unknown version, damaged, or shorter than its tensors need.
-    """
-    total = path.stat().st_size
-    with open(path, "rb") as stream:
-        magic = stream.read(4)
-        if magic != _MAGIC:
-            raise SourceError(f"{path} begins with {magic!r}, expected {_MAGIC!r}; it is not a GGUF file")
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                metadata, entries = _parse(_Cursor(data))
-            except (struct.error, ValueError, TypeError, OverflowError) as error:
-                raise SourceError(
-                    f"{path} ({total:,} bytes) is truncated, damaged or of a newer format ({_first_line(error)}); "
-                    f"fetch the file again or update the gguf package"
-                ) from None
-    if "general.architecture" not in metadata or not entries:
-        raise SourceError(f"{path} names no architecture or holds no tensors, expected a model; check the file")
-    needed = max(entry.begin + entry.nbytes for entry in entries.values())
-    if needed > total:
-        raise SourceError(f"{path} is truncated: it has {total:,} bytes of {needed:,}; fetch the file again")
-    return metadata, entries
-
-
-def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    import gguf
-
-    _, version, tensor_count, pair_count = cursor.take("4sIQQ")
-    if version not in _VERSIONS:
-        raise ValueError(f"format version {version}, expected one of {_VERSIONS} in little-endian order")
-    metadata: dict[str, Any] = {}
-    for _ in range(pair_count):
-        key = cursor.text()
-        metadata[key] = cursor.value(cursor.take("I")[0])
-
-    table: list[tuple[str, Any, tuple[int, ...], int]] = []
-    for _ in range(tensor_count):
-        name = cursor.text()
-        shape = cursor.take(f"{cursor.take('I')[0]}Q")[::-1] or (1,)
-        kind, offset = cursor.take("IQ")
-        table.append((name, gguf.GGMLQuantizationType(kind), shape, offset))
-
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if alignment < 1:
-        raise ValueError(f"alignment {alignment}")
-    start = -(-cursor.at // alignment) * alignment
-    entries: dict[str, _Entry] = {}
-    for name, kind, shape, offset in table:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or name in entries:
-            raise ValueError(f"{name} appears twice or its rows of {shape[-1]} are no multiple of {block}")
-        entries[name] = _Entry(kind, shape, start + offset, math.prod(shape) // block * size)
-    return metadata, entries
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loftq.checkpoint.source import first_line
-from loftq.errors import SourceError
+from loftq.errors import SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loftq.codec.qtensor import TensorInfo
-from loftq.errors import SourceError
+from loftq.errors import SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -82,12 +82,6 @@ def read_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check the file and the disk") from None
-
-
-def first_line(error: Exception) -> str:
-    """Of another library's message, which may be long or empty; with the next one where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def open_source(source: str | Path, revision: str | None = None) -> Source:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import one_of
-from loftq.errors import ConfigError, SourceError
+from loftq.errors import ConfigError, SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def load_for_inference(
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=chosen, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise SourceError(f"{model} does not load as a causal language model ({_first_line(error)})") from None
+            raise SourceError(f"{model} does not load as a causal language model ({first_line(error)})") from None
         if adapter is not None:
             from peft import PeftModel
 
@@ -94,7 +94,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise SourceError(
-            f"{model} has no tokenizer that transformers can read ({_first_line(error)}); put the source's tokenizer files "
+            f"{model} has no tokenizer that transformers can read ({first_line(error)}); put the source's tokenizer files "
             f"beside the model"
         ) from None
 
@@ -147,8 +147,3 @@ def continue_prompt(
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)  # type: ignore[operator]
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

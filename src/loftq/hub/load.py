@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import BackboneMismatchError, SourceError
+from loftq.errors import BackboneMismatchError, SourceError, first_line
 from loftq.hub.adapter import ADAPTER_CONFIG, INIT_DIR
 from loftq.hub.backbone import adapter_backbone, read_quantization_config
 from loftq.report.record import REPORT, QuantizationReport
@@ -34,8 +34,9 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     try:
         model, info = cls.from_pretrained(directory, output_loading_info=True, **from_pretrained_kwargs)
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"{directory} does not load ({reason}); its files are incomplete, quantize again") from None
+        raise SourceError(
+            f"{directory} does not load ({first_line(error)}); its files are incomplete, quantize again"
+        ) from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise SourceError(
