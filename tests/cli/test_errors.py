@@ -174,7 +174,13 @@ def test_executable(tmp_path, stories_dir):
 def test_interrupt(tmp_path, stories_dir):
     """Ctrl-C: exit code 130, one sentence, and the same command continues."""
     command = [LOFTQ, "quantize", str(stories_dir), "--out", "out", "--svd", "exact", "--iters", "100", "--rank", "32"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts():  # a shell's background jobs are started with SIGINT ignored, and pass that on
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         journal = tmp_path / "out.incomplete" / "journal.jsonl"
         deadline = time.monotonic() + 60
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:

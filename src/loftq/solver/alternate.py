@@ -120,13 +120,12 @@ def decompose(
         residual = weight  # Q_0 = 0
     elif chosen.principal_start and steps:
         lowrank = truncated_svd(weight, fit_rank, method=svd, seed=seed)
-        target = torch.addmm(weight, lowrank.U * lowrank.S, lowrank.Vh, alpha=-1)
-        quantized = quantize_checked(target, spec, None)
+        quantized = quantize_checked(_without(weight, lowrank), spec, None)
         residual = weight - quantized.dequantize()
     for step in range(1, steps + 1):
         basis = None if lowrank is None else lowrank.basis
         lowrank = truncated_svd(residual, fit_rank, method=svd, basis=basis, seed=seed)
-        target = torch.addmm(weight, lowrank.U * lowrank.S, lowrank.Vh, alpha=-1)  # W - L
+        target = _without(weight, lowrank)
         if chosen.svd_first:
             quantized = quantize_checked(target, spec, quantized.tensors["weight_codebook"])
         dense = quantized.dequantize()
@@ -141,6 +140,11 @@ def decompose(
     best_iter, quantized, lowrank = best
     lora_A, lora_B = _factors(lowrank, weight, rank, scaling / gain, seed)
     return Decomposition(quantized.times(gain), lora_A, lora_B, scaling, errors, best_iter)
+
+
+def _without(weight: Tensor, lowrank: LowRank) -> Tensor:
+    """W - L."""
+    return torch.addmm(weight, lowrank.U * lowrank.S, lowrank.Vh, alpha=-1)
 
 
 def _norm(matrix: Tensor) -> float:
