@@ -197,3 +197,18 @@ def test_presented_as_int8_and_saved_as_uint8():
 
 def test_repr_says_how_it_is_stored():
     assert "bits=2, codebook=lloyd, block_size=64" in repr(pair(QuantSpec(2))[0])
+
+
+def test_layers_share_memory_but_not_results():
+    """One thread's workspace serves layers of different sizes, in inference mode and out of it, forward and backward."""
+    small, dense_small = pair(QuantSpec(4), in_features=64, out_features=16)
+    large, dense_large = pair(QuantSpec(4), in_features=640, out_features=160)
+    x, y = torch.randn(2, 64, requires_grad=True), torch.randn(2, 640, requires_grad=True)
+    with torch.inference_mode():
+        large(y)
+    first, second = small(x), large(y)
+    torch.testing.assert_close(first, dense_small(x))
+    torch.testing.assert_close(second, dense_large(y))
+    (first.sum() + second.sum()).backward()
+    torch.testing.assert_close(x.grad, dense_small.weight.sum(0).expand(2, -1))
+    torch.testing.assert_close(y.grad, dense_large.weight.sum(0).expand(2, -1))

@@ -63,11 +63,17 @@ def dequantize(
     block_size: int,
     in_features: int,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """value = scale * (codebook[code] + zero * codebook[1]) as a dense (rows, in_features) matrix of ``dtype``."""
+    """value = scale * (codebook[code] + zero * codebook[1]) as a dense (rows, in_features) matrix of ``dtype``.
+
+    ``out``, on the CPU, is float32 memory to write to: a fresh large tensor costs several times the computation, because
+    the system has to provide its pages.
+    """
     if not _on_cpu(packed):
         return reference.dequantize(packed, scale, codebook, zero, bits, block_size, in_features).to(dtype)
-    out = torch.empty(packed.shape[0], in_features, dtype=torch.float32)
+    if out is None:
+        out = torch.empty(packed.shape[0], in_features, dtype=torch.float32)
     loop = cpu_unpack.DEQUANTIZE_ROWS[bits]
     args = (_np(packed), _np(scale), _np(codebook), _np(zero), block_size, in_features, out.numpy())
     for_rows(loop, packed.shape[0], out.numel(), *args)

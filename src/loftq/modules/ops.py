@@ -2,10 +2,13 @@
 
     y = x Wᵀ,  dL/dx = dL/dy W,  W = dequantize(packed, scale, codebook, zero)
 
-W exists for the duration of one call. There is no gradient for the backbone: it is frozen.
+W exists for the duration of one call, in memory that the next call of the same thread uses again: as much as the largest
+layer needs, once. There is no gradient for the backbone: it is frozen.
 """
 
 from __future__ import annotations
+
+import threading
 
 import torch
 from torch import Tensor
@@ -13,13 +16,27 @@ from torch import Tensor
 from loftq import kernels
 from loftq.codec import scales
 
+_memory = threading.local()
+
+
+def _workspace(packed: Tensor, in_features: int) -> Tensor | None:
+    """A float32 (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
+    if packed.device.type != "cpu":
+        return None
+    needed = packed.shape[0] * in_features
+    held: Tensor | None = getattr(_memory, "held", None)
+    if held is None or held.numel() < needed:
+        held = _memory.held = torch.empty(needed, dtype=torch.float32)
+    return held[:needed].view(packed.shape[0], in_features)
+
 
 @torch.library.custom_op("loftq::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) float32."""
-    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, x.shape[-1], x.dtype)
+    out = _workspace(packed, x.shape[-1])
+    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, x.shape[-1], x.dtype, out)
     return torch.nn.functional.linear(x, dense)
 
 
@@ -40,7 +57,8 @@ def packed_linear_grad_input(
     in_features: int,
 ) -> Tensor:
     """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
-    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, grad.dtype)
+    out = _workspace(packed, in_features)
+    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, grad.dtype, out)
     return grad @ dense
 
 
