@@ -20,7 +20,6 @@ from loftq.cli import app
 
 DOCS = Path(__file__).resolve().parent
 NOTICE = "<!-- Written by docs/generate.py from the code: run `make docs` after a change. -->"
-_DEFAULT_IN_HELP = re.compile(r"\s*\[default: ([^\]]+)\]")
 _TYPES = {str: "text", int: "integer", float: "number", Path: "path"}
 
 
@@ -79,14 +78,14 @@ def _verb(callback: Callable[..., Any], command: Any) -> list[str]:
     for p in options:
         kind, info = _type(hints[p.name])
         help_text = p.help or ""
-        written = _DEFAULT_IN_HELP.search(help_text)
+        shown = getattr(p, "show_default", None)
         names = ", ".join(f"`{name}`" for name in p.opts)
         if p.secondary_opts:
             names += " / " + ", ".join(f"`{name}`" for name in p.secondary_opts)
         if info is not None and info.min is not None:
             kind += f", at least {info.min:g}"
-        default = "required" if p.required else written[1] if written else _default(p.default)
-        lines.append(f"| {names} | {kind} | {_cell(default)} | {_cell(_DEFAULT_IN_HELP.sub('', help_text))} |")
+        default = "required" if p.required else shown if isinstance(shown, str) else _default(p.default)
+        lines.append(f"| {names} | {kind} | {_cell(default)} | {_cell(help_text)} |")
     return lines
 
 

@@ -21,7 +21,7 @@ from loftq.solver import Decomposition, decompose, lora_scaling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WEIGHTS = ["attention.self.query", "attention.self.value", "intermediate.dense"]
+WEIGHTS = ["attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"]
 
 # An element on a threshold that rounds the other way changes the trajectory from there on. For this matrix the float64
 # transcription's own errors move by 9e-6 within 5 steps when the weights change by 1e-7 of themselves (float32

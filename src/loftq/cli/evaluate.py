@@ -16,9 +16,9 @@ def evaluate(
     adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
     window: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once. [default: 1024 or its limit]")
+        int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="How far the window advances. [default: the window]")] = None,
+    stride: Annotated[int | None, typer.Option(help="How far the window advances.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows scored together.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",

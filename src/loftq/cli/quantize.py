@@ -28,15 +28,15 @@ def quantize(
     iters: Annotated[
         int, typer.Option("--iters", "--iter", help="Alternations T; 0 is plain quantization (QLoRA).")
     ] = _DEFAULT.num_iter,
-    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha. [default: the rank]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="the rank")] = None,
     use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,
     lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
     method: Annotated[str, typer.Option(help=f"{_choices(METHODS)}.")] = _DEFAULT.method,
     svd: Annotated[str, typer.Option(help=f"Truncated SVD: {_choices(SVDS)}.")] = _DEFAULT.svd,
-    codebook: Annotated[str | None, typer.Option(help=f"{_choices(CODEBOOKS)}. [default: lloyd]")] = None,
+    codebook: Annotated[str | None, typer.Option(help=f"{_choices(CODEBOOKS)}.", show_default="lloyd")] = None,
     block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {_choices(BLOCK_SIZES)}.")] = 64,
-    scale: Annotated[str | None, typer.Option(help=f"{_choices(SCALES)}. [default: search]")] = None,
-    scale_dtype: Annotated[str | None, typer.Option(help=f"{_choices(SCALE_DTYPES)}. [default: float16]")] = None,
+    scale: Annotated[str | None, typer.Option(help=f"{_choices(SCALES)}.", show_default="search")] = None,
+    scale_dtype: Annotated[str | None, typer.Option(help=f"{_choices(SCALE_DTYPES)}.", show_default="float16")] = None,
     double_quant: Annotated[bool, typer.Option(help="Store scales in 8 bits.")] = False,
     published: Annotated[
         bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
@@ -44,7 +44,8 @@ def quantize(
     target_modules: Annotated[
         list[str] | None,
         typer.Option(
-            help="all-linear, names (repeatable or with commas), or a regular expression, as in PEFT. [default: all-linear]"
+            help="all-linear, names (repeatable or with commas), or a regular expression, as in PEFT.",
+            show_default="all-linear",
         ),
     ] = None,
     exclude_modules: Annotated[

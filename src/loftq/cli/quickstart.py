@@ -12,7 +12,8 @@ from loftq.cli.quiet import quiet_transformers
 
 def quickstart(
     model: Annotated[
-        str | None, typer.Option(help="Any causal language model's folder or hub id. [default: SmolLM2-135M-Instruct]")
+        str | None,
+        typer.Option(help="Any causal language model's folder or hub id.", show_default="SmolLM2-135M-Instruct"),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("loftq-quickstart"),
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapters.", min=1)] = 64,
