@@ -18,9 +18,8 @@ import torch
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
-SMALL = (
-    4_000_000  # weights; a job of fewer runs on one core, whatever the number of cores, so that results are the same
-)
+# A job of fewer weights runs on one core, whatever the number of cores, so that results are the same.
+SMALL = 4_000_000
 
 
 def _timed(job: Callable[[], Result]) -> tuple[Result, float]:

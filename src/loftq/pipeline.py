@@ -308,7 +308,7 @@ def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Pr
         progress: as for :func:`quantize_checkpoint`.
 
     Raises:
-        ConfigError, WeightError: see :func:`quantize_checkpoint`. After a ``WeightError`` the model is partly quantized.
+        ConfigError, WeightError: see :func:`quantize_checkpoint`. All weights are checked first.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 

@@ -118,18 +118,17 @@ def run(
         (work_dir / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return row, results
 
-    def measure(folder: str, label: str) -> tuple[float, float, Any]:
+    def measure(folder: str, label: str) -> tuple[float, float]:
         loaded = load_for_inference(folder)
         window = default_window(loaded, None)
         results["text"]["window"] = window
         with bar(ids.numel() - 1, f"evaluating {label}:", "tokens") as advance:
             result = perplexity(loaded, ids, window=window, advance=advance)
-        return result.perplexity, result.standard_error, loaded
+        return result.perplexity, result.standard_error
 
     (work_dir / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    value, deviation, loaded = measure(source, "full precision")
+    value, deviation = measure(source, "full precision")
     total, bits = _checkpoint_size(source)
-    del loaded
     yield finish(Row("full precision", bits, total, 0, None, value, deviation, None, None, None))
 
     for variant in VARIANTS:
@@ -137,8 +136,7 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         options = ["quantize", source, "--out", str(out), "--rank", str(rank), *variant.options]
         report = _run_loftq([*options, "--json", "--no-resume"])
-        value, deviation, loaded = measure(str(out), variant.label)
-        del loaded
+        value, deviation = measure(str(out), variant.label)
         totals, timing = report["totals"], report["timing"]
         row = Row(
             variant.label,

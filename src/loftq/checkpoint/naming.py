@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+def architecture(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The first class that the config names and transformers has."""
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or [])
+    return next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+
+
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The architecture the config names, on the meta device: modules and shapes, no weights.
 
@@ -22,14 +30,13 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     import transformers
 
-    names = list(getattr(config, "architectures", None) or [])
     try:
-        cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+        cls = architecture(config)
         with torch.device("meta"):
             if cls is not None:
                 return cls(config).eval()
-            if names:
-                raise ValueError(f"transformers has no {names[0]}")
+            if config.architectures:
+                raise ValueError(f"transformers has no {config.architectures[0]}")
             return transformers.AutoModel.from_config(config, trust_remote_code=False).eval()
     except Exception as error:
         raise SourceError(

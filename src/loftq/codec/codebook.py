@@ -69,15 +69,15 @@ def lloyd_max(bits: int) -> np.ndarray:
     scale may be negative): two mirror images that differ serve blocks better than one that is its own mirror image.
     """
     count = 2**bits
-    # 2^16 equally probable points stand for the distribution; prefix sums give every cell's mean at once
-    points = _normal_quantile((np.arange(1 << 16) + 0.5) / (1 << 16))
-    sums = np.concatenate([[0.0], np.cumsum(points)])
     if bits == 8:
         # With 256 levels a block is resolved up to its largest element, about 2.5 standard deviations for 64 elements.
         # Levels spaced by the cube root of the density (Panter and Dite 1951) are near-optimal there.
         inside = 0.5 + (_normal_cdf(2.5 / np.sqrt(3)) - 0.5) * np.linspace(-1, 1, count)
         levels = _normal_quantile(inside)
         return levels / np.abs(levels).max()
+    # 2^16 equally probable points stand for the distribution; prefix sums give every cell's mean at once
+    points = _normal_quantile((np.arange(1 << 16) + 0.5) / (1 << 16))
+    sums = np.concatenate([[0.0], np.cumsum(points)])
     levels = points[(np.arange(count) * 2 + 1) * (len(points) // (2 * count))]
     for _ in range(500):
         edges = np.concatenate([[0], np.searchsorted(points, (levels[1:] + levels[:-1]) / 2), [len(points)]])

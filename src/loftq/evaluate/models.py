@@ -41,7 +41,8 @@ def load_for_inference(
     """
     import transformers
 
-    from loftq.hub.load import check_adapter_folder, load, load_backbone
+    from loftq.hub.backbone import adapter_config
+    from loftq.hub.load import load, load_backbone
 
     one_of("dtype", dtype, _DTYPES)
     if adapter is not None and not use_adapter:
@@ -63,7 +64,7 @@ def load_for_inference(
         if adapter is not None:
             from peft import PeftModel
 
-            check_adapter_folder(adapter)
+            adapter_config(adapter)
             loaded = PeftModel.from_pretrained(loaded, str(adapter))
     check_causal(loaded, model)
     return loaded.to(device).eval()

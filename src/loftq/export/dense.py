@@ -12,12 +12,11 @@ import torch
 
 from loftq.checkpoint.source import INDEX
 from loftq.checkpoint.writer import check_target, disk_errors
+from loftq.codec.scales import DTYPES
 from loftq.config import one_of
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import check_adapter
 from loftq.hub.quantizer import dequantize_modules, restore_conv1d
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def export_dense(

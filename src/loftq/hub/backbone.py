@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loftq.checkpoint.source import SafetensorsSource, as_bytes, read_json
 from loftq.errors import BackboneMismatchError, SourceError
@@ -41,9 +41,21 @@ def _content_sha256(source: SafetensorsSource) -> str:
     return combine_digests(digests)
 
 
-def adapter_backbone(adapter_dir: Path) -> str | None:
-    """The hash of the backbone an adapter says it was made for, if it says so."""
-    return (read_json(Path(adapter_dir) / ADAPTER_CONFIG).get("auto_mapping") or {}).get(BACKBONE_KEY)
+def adapter_config(adapter_dir: Path) -> dict[str, Any]:
+    """The config of the PEFT adapter in a folder.
+
+    Raises:
+        SourceError: there is none, or a damaged one.
+    """
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    if not path.exists():
+        raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
+    return read_json(path)
+
+
+def recorded_backbone(config: Mapping[str, Any]) -> str | None:
+    """The hash of the backbone an adapter's config says it was made for, if it says so."""
+    return (config.get("auto_mapping") or {}).get(BACKBONE_KEY)
 
 
 def check_adapter(directory: Path, adapter_dir: Path) -> str:
@@ -53,12 +65,9 @@ def check_adapter(directory: Path, adapter_dir: Path) -> str:
         SourceError: no adapter there.
         BackboneMismatchError: the adapter names another backbone, or none and another base model.
     """
-    path = Path(adapter_dir) / ADAPTER_CONFIG
-    if not path.exists():
-        raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
-    config = read_json(path)
+    config = adapter_config(adapter_dir)
     actual = backbone_sha256(directory)
-    recorded = adapter_backbone(adapter_dir)
+    recorded = recorded_backbone(config)
     if recorded is None:
         base = config.get("base_model_name_or_path")
         if base is not None and Path(base).resolve() == Path(directory).resolve():
@@ -75,7 +84,7 @@ def check_adapter(directory: Path, adapter_dir: Path) -> str:
     return actual
 
 
-def read_quantization_config(directory: Path) -> dict[str, object]:
+def read_quantization_config(directory: Path) -> dict[str, Any]:
     """The ``quantization_config`` of a quantized folder.
 
     Raises:
@@ -87,4 +96,4 @@ def read_quantization_config(directory: Path) -> dict[str, object]:
         raise SourceError(
             f"{directory} is no quantized folder of loftq, expected one that `loftq quantize` has written"
         )
-    return json.loads(json.dumps(values))
+    return values

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq.checkpoint.naming import architecture
 from loftq.errors import BackboneMismatchError, SourceError, first_line
-from loftq.hub.adapter import ADAPTER_CONFIG, INIT_DIR
-from loftq.hub.backbone import adapter_backbone, read_quantization_config
+from loftq.hub.adapter import INIT_DIR
+from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
 from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     directory = Path(directory)
     read_quantization_config(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    names = list(config.architectures or [])
-    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), transformers.AutoModel)
+    cls = architecture(config) or transformers.AutoModel
     try:
         model, info = cls.from_pretrained(directory, output_loading_info=True, **from_pretrained_kwargs)
     except (RuntimeError, OSError) as error:
@@ -44,17 +44,6 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
             f"quantize again"
         )
     return model
-
-
-def check_adapter_folder(adapter_dir: Path) -> Path:
-    """The folder, if a PEFT adapter is in it.
-
-    Raises:
-        SourceError: it is not.
-    """
-    if not (adapter_dir / ADAPTER_CONFIG).exists():
-        raise SourceError(f"{adapter_dir} has no {ADAPTER_CONFIG}, expected a PEFT adapter folder")
-    return adapter_dir
 
 
 def load(
@@ -77,7 +66,7 @@ def load(
     directory = Path(directory)
     model = load_backbone(directory, **from_pretrained_kwargs)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
-    recorded = adapter_backbone(check_adapter_folder(adapter_dir))
+    recorded = recorded_backbone(adapter_config(adapter_dir))
     expected = QuantizationReport.load(directory).backbone_sha256 if (directory / REPORT).exists() else None
     if recorded and expected and recorded != expected:
         raise BackboneMismatchError(

@@ -24,11 +24,14 @@ class PackedWeight(nn.Module):
     weight: Any
     spec: QuantSpec
     matrix_shape: tuple[int, int]
+    packed_names: tuple[str, ...]
 
     def _register_packed(self, spec: QuantSpec, shape: tuple[int, int], device: Any = None) -> None:
         self.spec = spec
         self.matrix_shape = shape
-        for name, info in storage_layout(spec, shape).items():
+        layout = storage_layout(spec, shape)
+        self.packed_names = tuple(layout)
+        for name, info in layout.items():
             self.register_buffer(name, torch.empty(info.shape, dtype=info.dtype, device=device))
 
     def _set_quantized(self, quantized: QuantizedTensor) -> None:
@@ -36,7 +39,7 @@ class PackedWeight(nn.Module):
             setattr(self, name, tensor)
 
     def _packed_tensors(self) -> dict[str, Tensor]:
-        tensors = {name: getattr(self, name) for name in storage_layout(self.spec, self.matrix_shape)}
+        tensors = {name: getattr(self, name) for name in self.packed_names}
         tensors["weight"] = tensors["weight"].view(torch.uint8)  # see present_as_int8
         return tensors
 
@@ -53,7 +56,7 @@ class PackedWeight(nn.Module):
         """What the operators of :mod:`loftq.modules.ops` take after their first argument."""
         tensors = self._packed_tensors()
         zero = tensors.get("weight_zero")
-        if self.spec.double_quant:
+        if self.spec.double_quant:  # through the operator, which torch.compile takes whole
             parts = (tensors[f"weight_scale{end}"] for end in ("", "_absmax", "_offset"))
             scale = double_dequantize(*parts)
         else:
@@ -77,8 +80,7 @@ class PackedWeight(nn.Module):
         self.register_state_dict_post_hook(_save_as_uint8)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        names = storage_layout(self.spec, self.matrix_shape)
-        before = {name: self._buffers[name] for name in names}
+        before = {name: self._buffers[name] for name in self.packed_names}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
