@@ -22,7 +22,7 @@ METHODS = {
     "QLoRA": {"method": "qlora", **PUBLISHED},
     "LoftQ as published, T=5": {"svd": "exact", **PUBLISHED},
     "loftq default": {},
-    "loftq-principal": {"method": "loftq-principal"},
+    "qpissa": {"method": "qpissa"},
 }
 
 

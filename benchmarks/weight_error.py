@@ -24,7 +24,7 @@ def main() -> None:
             ("loftq", "exact"),
             ("loftq", "block"),
             ("loftq-svd-first", "exact"),
-            ("loftq-principal", "exact"),
+            ("qpissa", "exact"),
         ):
             results = {n: decompose(w, spec, rank=RANK, method=method, svd=svd) for n, w in weights.items()}
             row = {

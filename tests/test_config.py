@@ -145,7 +145,6 @@ INVALID_CONFIG = [
     ("seed", -1),
     ("seed", "0"),
     ("method", "loft"),
-    ("method", None),
     ("svd", "fast"),
     ("lora_alpha", 0),
     ("lora_alpha", -16),

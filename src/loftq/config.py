@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,7 +18,24 @@ CODEBOOKS = ("nf", "nf-sym", "uniform", "uniform-sym", "lloyd")
 SCALES = ("absmax", "search")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 SVDS = ("auto", "exact", "block")
-METHODS = ("loftq", "loftq-principal", "loftq-svd-first", "qlora")
+METHODS = (
+    "loftq",
+    "loftq-svd-first",
+    "qlora",
+    "rtn",
+    "gptq",
+    "pissa",
+    "qpissa",
+    "lqer",
+    "qera-approx",
+    "qera",
+    "cloq",
+    "caldera",
+    "lq-lora",
+    "srr",
+    "loftq-data",
+    "auto",
+)
 
 T = TypeVar("T")
 
@@ -116,8 +134,9 @@ class LoftQConfig:
         use_rslora: scaling = alpha / sqrt(r) instead of alpha / r.
         lora_dropout: dropout that fine-tuning will use; written to the adapter's config.
         num_iter: alternations T. 0 keeps the plain quantization and PEFT's default initialisation (QLoRA).
-        method: ``loftq``, ``loftq-principal`` (starts from the SVD of W), ``loftq-svd-first`` (the paper's Table 6
-            ablation) or ``qlora``.
+        method: a name of :data:`loftq.solver.methods.METHODS`; ``None`` means ``loftq-data`` where there is a calibration
+            text and ``loftq`` where there is none.
+        damping: λ, from 0 (only the outputs' error counts) to 1 (only the weights'); ``None`` for the method's own.
         svd: ``exact`` (LAPACK), ``block`` (block power iteration, warm-started) or ``auto``.
         target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT.
         exclude_modules: modules to leave alone, same syntax as in PEFT.
@@ -125,6 +144,15 @@ class LoftQConfig:
         rank_pattern: module-name pattern -> rank.
         first_layers_bits: ``(K, bits)``: the first K layers get these bits (the paper's mixed precision).
         quantize_embeddings: quantize input embeddings as well (the paper does so for DeBERTa).
+        calibration: text whose inputs decide which errors matter: a file, a hub dataset, ``pydoc`` (English that every
+            Python carries) or ``self`` (the model's own); see :func:`loftq.calibrate.text.calibration_tokens`. ``auto`` is
+            ``pydoc`` for causal language models with a tokenizer and nothing for others; ``None`` is weight-only.
+        calibration_samples, calibration_length: windows of the text and their tokens.
+        calibration_gradients: weigh the errors of a layer's outputs by how much the model's own loss depends on them, which
+            takes a backward pass over the calibration text, three times the work of a forward pass.
+        propagate: calibrate each layer behind the quantized layers before it rather than in the original model; without
+            gradients.
+        plan: file that ``loftq plan`` has written; it decides bits, block size and rank of every module.
         seed: seed of every random choice; each module derives its own from this and its name.
     """
 
@@ -134,7 +162,8 @@ class LoftQConfig:
     use_rslora: bool = False
     lora_dropout: float = 0.0
     num_iter: int = 5
-    method: str = "loftq"
+    method: str | None = None
+    damping: float | None = None
     svd: str = "auto"
     codebook: str = "lloyd"
     block_size: int = 64
@@ -147,15 +176,33 @@ class LoftQConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     first_layers_bits: tuple[int, int] | None = None
     quantize_embeddings: bool = False
+    calibration: str | None = "auto"
+    calibration_samples: int = 32
+    calibration_length: int = 512
+    calibration_gradients: bool = True
+    propagate: bool = False
+    plan: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         positive_int("rank", self.rank)
         positive_int("num_iter", self.num_iter, 0)
         positive_int("seed", self.seed, 0)
-        one_of("method", self.method, METHODS)
+        if self.method is not None:
+            one_of("method", self.method, METHODS)
         one_of("svd", self.svd, SVDS)
         check_alpha(self.lora_alpha)
+        check_damping(self.damping)
+        positive_int("calibration_samples", self.calibration_samples)
+        positive_int("calibration_length", self.calibration_length, 2)
+        for name in ("calibration", "plan"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} is {value!r}, expected a name, a path or None")
+        is_bool("propagate", self.propagate)
+        is_bool("calibration_gradients", self.calibration_gradients)
         is_bool("use_rslora", self.use_rslora)
         is_bool("quantize_embeddings", self.quantize_embeddings)
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -219,3 +266,9 @@ def check_alpha(lora_alpha: float | None) -> None:
     """A :class:`ConfigError` unless alpha is ``None`` or a positive number."""
     if lora_alpha is not None and not (is_number(lora_alpha) and lora_alpha > 0):
         raise ConfigError(f"lora_alpha is {lora_alpha!r}, expected a positive number (or nothing, for the rank)")
+
+
+def check_damping(damping: float | None) -> None:
+    """A :class:`ConfigError` unless λ is ``None`` or a number from 0 to 1."""
+    if damping is not None and not (is_number(damping) and 0 <= damping <= 1):
+        raise ConfigError(f"damping is {damping!r}, expected a number from 0 to 1 (or nothing, for the method's own)")

@@ -5,84 +5,47 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from loftq.checkpoint.naming import meta_model, missing_parameters, model_names
+from loftq.calibrate.choose import Inputs, calibrated
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
 from loftq.codec.blockwise import check_weight
-from loftq.codec.qtensor import TensorInfo, storage_layout
 from loftq.config import LoftQConfig
-from loftq.errors import OutputError, SourceError, WeightError
+from loftq.errors import OutputError, WeightError
 from loftq.hub import adapter as adapters
 from loftq.modules import QuantEmbedding, QuantLinear
 from loftq.parallel import run_side_by_side
+from loftq.plan.file import load_plan
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.record import REPORT, ModuleRecord, QuantizationReport
 from loftq.report.system import PeakMemory, versions
-from loftq.solver import Decomposition, decompose
+from loftq.solver.importance import InputStatistics
+from loftq.units import Unit, decompose_module, layout, make_units
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from loftq.calibrate.statistics import Statistics
+
 MAX_SHARD_BYTES = 50_000_000_000  # transformers' own default, so that saving a loaded model splits it alike
+
+
+Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
 
 
 class Progress(Protocol):
     """Called with the number of weights done since the last call."""
 
     def __call__(self, name: str, weights: int) -> None: ...
-
-
-def module_seed(seed: int, name: str) -> int:
-    """A module's own seed: the same whatever else is quantized, and in whatever order."""
-    return zlib.crc32(f"{seed}:{name}".encode())
-
-
-def decompose_module(weight: Tensor, plan: ModulePlan, config: LoftQConfig) -> Decomposition:
-    """:func:`loftq.decompose` with a module's settings; errors name the module."""
-    try:
-        return decompose(
-            weight.T if plan.kind == "conv1d" else weight,
-            plan.spec,
-            rank=plan.rank,
-            num_iter=config.num_iter,
-            method=config.method,
-            lora_alpha=config.lora_alpha,
-            use_rslora=config.use_rslora,
-            svd=config.svd,
-            seed=module_seed(config.seed, plan.name),
-        )
-    except WeightError as error:
-        raise WeightError(f"{plan.name}: {error}") from None
-
-
-def module_record(plan: ModulePlan, result: Decomposition) -> ModuleRecord:
-    """What the report says of one module."""
-    return ModuleRecord(
-        name=plan.name,
-        kind=plan.kind,
-        shape=list(plan.shape),
-        bits=plan.spec.bits,
-        codebook=plan.spec.codebook,
-        block_size=plan.spec.block_size,
-        rank=plan.rank,
-        numel=plan.shape[0] * plan.shape[1],
-        weight_bytes=result.quantized.nbytes,
-        adapter_bytes=4 * (result.lora_A.numel() + result.lora_B.numel()),
-        quantization_error=result.errors[0],
-        error=result.error,
-        errors=result.errors,
-        best_iter=result.best_iter,
-    )
 
 
 def quantize_checkpoint(
@@ -95,6 +58,8 @@ def quantize_checkpoint(
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     command: str | None = None,
+    statistics: Statistics | str | Path | None = None,
+    notice: Callable[[str], None] = lambda sentence: None,
 ) -> QuantizationReport:
     """Turn a checkpoint into a folder with a packed backbone and a PEFT adapter, one tensor at a time.
 
@@ -108,6 +73,9 @@ def quantize_checkpoint(
         revision: of a hub id.
         max_shard_bytes: largest weight file.
         command: recorded in the report.
+        statistics: of the layers' inputs, collected earlier, or the file they are in; otherwise ``config.calibration``
+            says what to collect them on.
+        notice: told in one sentence what was chosen where the config leaves it open.
 
     Raises:
         SourceError, ConfigError, WeightError, OutputError: each with what was got, expected, and to be done.
@@ -121,14 +89,31 @@ def quantize_checkpoint(
     model_config = opened.config()
     model = meta_model(model_config)
     plans = plan_modules(model, config)
-    units = _units(opened, model, plans)
+    units = make_units(opened, model, plans)
     hashes = {file.name: sha256_file(file) for file in opened.files}
-    fingerprint = json.loads(json.dumps({"config": config.to_dict(), "source": hashes, "format": versions()["loftq"]}))
+    if config.plan is not None:
+        load_plan(config.plan).check_source(hashes)
+    inputs = calibrated(opened, model, plans, config, hashes, statistics, notice)
+    config = config.replace(method=inputs.method)
+    fingerprint = json.loads(
+        json.dumps(
+            {
+                "config": config.to_dict(),
+                "source": hashes,
+                "calibration": inputs.summary,
+                "plan": {n: [p.spec.bits, p.spec.block_size, p.rank] for n, p in plans.items()}
+                if config.plan
+                else None,
+                "format": versions()["loftq"],
+            }
+        )
+    )
 
-    files, index = _layout(units, plans, max_shard_bytes)
+    files, index = layout(units, plans, max_shard_bytes)
     if finished:
         report = QuantizationReport.load(out_dir)
-        same = report.config == fingerprint["config"] and report.source["sha256"] == hashes
+        same = (report.config, report.source["sha256"]) == (fingerprint["config"], hashes)
+        same = same and report.calibration == fingerprint["calibration"]
         if resume and same and all((out_dir / file).exists() for file in files):
             remove_leftovers(out_dir)
             return report
@@ -146,13 +131,15 @@ def quantize_checkpoint(
             for unit in units:
                 if unit.name in staging.done:
                     advance(unit.name, unit.weights)
-            todo = [unit for unit in units if unit.name not in staging.done]
-            jobs = ((unit, partial(unit.compute, opened.read(unit.source_name), config)) for unit in todo)
-            for unit, (result, took) in run_side_by_side(jobs, lambda unit: unit.weights):
-                tensors, record = result
+
+            def write(unit: Unit, computed: Computed) -> dict[str, Tensor]:
+                (tensors, record), took = computed
                 staging.write_unit(unit.name, {index[n]: t for n, t in tensors.items()}, record)
                 seconds[unit.name] = round(took, 4)
                 advance(unit.name, unit.weights)
+                return tensors
+
+            _compute(units, opened, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
             modules=records,
@@ -163,6 +150,7 @@ def quantize_checkpoint(
             adapter_sha256=_digest(staging.digests(), adapter=True),
             versions=versions(),
             command=command,
+            calibration=fingerprint["calibration"],
             timing={
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory_bytes": memory.peak(),
@@ -177,87 +165,45 @@ def quantize_checkpoint(
     return report
 
 
-class _Unit:
-    """One piece of work: a module to quantize, or a tensor to pass through."""
+def _compute(
+    units: list[Unit],
+    source: Source,
+    config: LoftQConfig,
+    inputs: Inputs,
+    staging: Staging,
+    index: Mapping[str, str],
+    write: Callable[[Unit, Computed], dict[str, Tensor]],
+) -> None:
+    """Every unit that is not done: first those that need nothing, then the layers in the order of the forward pass."""
 
-    def __init__(
-        self, source_name: str, info: TensorInfo, plan: ModulePlan | None, output_name: str, known: bool
-    ) -> None:
-        self.known = known
-        self.name = plan.name if plan is not None else source_name
-        self.source_name = source_name
-        self.plan = plan
-        self.weights = max(1, info.nbytes // info.dtype.itemsize)
-        self.nbytes = info.nbytes
-        self.backbone: dict[str, TensorInfo] = {output_name: info}
-        self._prefix = output_name.removesuffix("weight")
-        if plan is not None:
-            self.backbone = {self._prefix + n: i for n, i in storage_layout(plan.spec, plan.shape).items()}
+    def job(unit: Unit, statistics: InputStatistics | None = None) -> tuple[Unit, Callable[[], Any]]:
+        return unit, partial(unit.compute, source.read(unit.source_name), config, statistics)
 
-    def compute(self, tensor: Tensor, config: LoftQConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The unit's tensors under their output names, and its record, from the tensor as it was read."""
-        if self.plan is None:
-            # a tensor that the model does not know may be a mask with -inf
-            if self.known and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                raise WeightError(
-                    f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
-                )
-            return {next(iter(self.backbone)): tensor}, {}
-        result = decompose_module(tensor, self.plan, config)
-        tensors = result.quantized.state_dict(self._prefix)
-        tensors.update(adapters.adapter_tensors(self.plan, result.lora_A, result.lora_B))
-        return tensors, vars(module_record(self.plan, result))
-
-
-def _units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]) -> list[_Unit]:
-    names = model_names(model, source.tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = {f"{name}.weight": plan for name, plan in plans.items()}
-    units = []
-    for source_name, info in source.tensors.items():
-        output_name = names.get(source_name, source_name)
-        plan = weights.pop(output_name, None)
-        expected = shapes.get(output_name, info.shape)
-        if info.shape != expected:
-            raise SourceError(
-                f"{source_name} has shape {info.shape}, expected {expected} as config.json says; fetch the checkpoint again"
-            )
-        if plan is not None and (info.dtype.itemsize < 2 or not info.dtype.is_floating_point):
-            raise SourceError(
-                f"{source_name} is {info.dtype}, expected floating point of 16 bits or more; start from a full-precision "
-                f"checkpoint"
-            )
-        units.append(_Unit(source_name, info, plan, output_name, source_name in names))
-    missing = [*weights, *sorted(missing_parameters(model, names, source.tensors) - weights.keys())]
-    if missing:
-        raise SourceError(
-            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more) of {type(model).__name__}'s weights; fetch it "
-            f"again, or name the right architecture in config.json"
+    by_name = {unit.name: unit for unit in units}
+    waiting = set(inputs.targets)
+    todo = [unit for unit in units if unit.name not in staging.done]
+    with inputs.open(len(waiting - staging.done.keys()) > 0) as groups:
+        free = (job(unit, inputs.unseen(unit.plan)) for unit in todo if unit.name not in waiting)
+        behind = (
+            job(by_name[name], group.statistics())
+            for group in groups
+            for name in group.names
+            if name not in staging.done
         )
-    return units
-
-
-def _layout(
-    units: list[_Unit], plans: Mapping[str, ModulePlan], max_shard_bytes: int
-) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, str]]:
-    """Files with their tensors, and output tensor name -> ``file:name``."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    size = 0
-    for unit in units:
-        nbytes = sum(info.nbytes for info in unit.backbone.values())
-        if size and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1].update(unit.backbone)
-        size += nbytes
-    width = len(shards)
-    names = [SINGLE] if width == 1 else [f"model-{k + 1:05}-of-{width:05}.safetensors" for k in range(width)]
-    files = dict(zip(names, shards, strict=True))
-    adapter: dict[str, TensorInfo] = {}
-    for plan in plans.values():
-        adapter.update(adapters.tensor_layout(plan))
-    files[f"{adapters.INIT_DIR}/{adapters.ADAPTER_WEIGHTS}"] = adapter
-    return files, {name: f"{file}:{name}" for file, tensors in files.items() for name in tensors}
+        if not inputs.propagate:
+            for unit, computed in run_side_by_side(chain(free, behind), lambda unit: unit.weights):
+                write(unit, computed)
+            return
+        for unit, computed in run_side_by_side(free, lambda unit: unit.weights):
+            write(unit, computed)
+        for group in groups:
+            new = [name for name in group.names if name not in staging.done]
+            jobs = (job(by_name[name], group.statistics()) for name in new)
+            for unit, computed in run_side_by_side(jobs, lambda unit: unit.weights):
+                inputs.replace(unit.name, unit.dense(write(unit, computed), config))
+            for name in [n for n in group.names if n not in new]:
+                unit = by_name[name]
+                inputs.replace(name, unit.dense({n: staging.read(index[n]) for n in unit.outputs}, config))
 
 
 def _digest(digests: Mapping[str, str], *, adapter: bool) -> str:
@@ -296,7 +242,13 @@ def _write_metadata(
     model_config.save_pretrained(folder)
 
 
-def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Progress = True) -> PeftModel:
+def quantize_model(
+    model: nn.Module,
+    config: LoftQConfig,
+    *,
+    statistics: Statistics | None = None,
+    progress: bool | Progress = True,
+) -> PeftModel:
     """Quantize a live transformers model in place and wrap it with its fitted adapter.
 
     Every selected layer is replaced by a packed one, one at a time, on the device where it is; the dense weight is freed
@@ -304,7 +256,9 @@ def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Pr
 
     Args:
         model: a transformers model (any ``nn.Module`` that PEFT accepts).
-        config: what to do.
+        config: what to do. Its calibration text is not read, since a live model has no tokenizer.
+        statistics: of the layers' inputs, from :func:`loftq.calibrate.collect_from_model`; without them, and for layers
+            that they leave out, only the weight error counts.
         progress: as for :func:`quantize_checkpoint`.
 
     Raises:
@@ -326,7 +280,8 @@ def quantize_model(model: nn.Module, config: LoftQConfig, *, progress: bool | Pr
         for name, plan in plans.items():
             module = model.get_submodule(name)
             weight: Tensor = module.weight  # type: ignore[assignment]
-            result = decompose_module(weight.detach(), plan, config)
+            known = statistics.get(name) if statistics is not None else None
+            result = decompose_module(weight.detach(), plan, config, known)
             if isinstance(module, nn.Embedding):
                 packed: nn.Module = QuantEmbedding.from_quantized(
                     result.quantized, padding_idx=module.padding_idx, dtype=weight.dtype

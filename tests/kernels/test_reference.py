@@ -33,6 +33,7 @@ WRONG_PREFERENCE = 4 * 2**-24
 shapes = pytest.mark.parametrize(("rows", "n", "block_size"), SHAPES.values(), ids=SHAPES)
 widths = pytest.mark.parametrize("bits", BITS, ids=lambda bits: f"{bits}bit")
 zeros = pytest.mark.parametrize("with_zero", [False, True], ids=["scale", "scale+zero"])
+counted = pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 
 
 def random_weight(rows: int, n: int, seed: int = 0) -> Tensor:
@@ -53,26 +54,42 @@ def random_scales(rows: int, n: int, block_size: int, with_zero: bool) -> tuple[
     return scale, 4 * torch.randn(rows, blocks, generator=generator) if with_zero else None
 
 
+def column_counts(n: int, weighted: bool) -> Tensor:
+    """What each column counts: 1, or numbers of several magnitudes."""
+    return torch.exp(2 * torch.randn(n, generator=torch.Generator().manual_seed(2))) if weighted else torch.ones(n)
+
+
+def constant_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """(rows, blocks): every level but 0 represents them exactly, with its own scale."""
+    padding = -weight.shape[1] % block_size
+    blocks = torch.cat([weight, weight[:, -1:].expand(-1, padding)], 1).view(weight.shape[0], -1, block_size)
+    return (blocks == blocks[..., -1:]).all(-1)
+
+
 def levels_for(bits: int, with_zero: bool) -> Tensor:
     return codebook("uniform" if with_zero else "nf", bits)
 
 
-def squared_error(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, block_size: int) -> float:
-    """Of the nearest levels under the given scales, in float64."""
+def squared_error(
+    weight: Tensor, counts: Tensor, scale: Tensor, zero: Tensor | None, levels: Tensor, block_size: int
+) -> float:
+    """Of the nearest levels under the given scales, in float64, each column's times what it counts."""
     codes = reference.encode(weight, scale, zero, levels, thresholds(levels), block_size).long()
     value = levels.double()[codes]
     if zero is not None:
         value = value + zero.double().repeat_interleave(block_size, 1)[:, : weight.shape[1]] * levels[1]
     value = value * scale.double().repeat_interleave(block_size, 1)[:, : weight.shape[1]]
-    return float((weight.double() - value).square().sum())
+    return float(((weight.double() - value).square() * counts.double()).sum())
 
 
-def assert_same_choices(compiled: Tensor, defined: Tensor, bits: int) -> None:
+def assert_same_choices(compiled: Tensor, defined: Tensor, bits: int, ties: Tensor | None = None) -> None:
     """The same scale in all blocks but 1 % (one at least), where two candidates are equally good within rounding.
 
     At 8 bits they all nearly are: what they leave unexplained is no larger than the rounding of what they explain.
+    ``ties`` are blocks where they certainly are, which don't count.
     """
-    different = int((~torch.isclose(compiled, defined, rtol=1e-5, atol=0)).sum())
+    differs = ~torch.isclose(compiled, defined, rtol=1e-5, atol=0)
+    different = int((differs if ties is None else differs & ~ties).sum())
     assert bits == 8 or different <= max(1, compiled.numel() // 100), f"{different} of {compiled.numel()} scales differ"
 
 
@@ -147,30 +164,33 @@ def test_encode_ties_go_to_the_lower_level(bits):
 
 
 @pytest.mark.parametrize("name", ["nf", "nf-sym", "uniform-sym", "lloyd"])
+@counted
 @shapes
 @widths
-def test_search_scale(bits, rows, n, block_size, name):
-    weight, levels = random_weight(rows, n), codebook(name, bits)
+def test_search_scale(bits, rows, n, block_size, weighted, name):
+    weight, counts, levels = random_weight(rows, n), column_counts(n, weighted), codebook(name, bits)
     mirrored = name in ("nf", "lloyd")  # in a symmetric codebook both signs tie
     factors = torch.cat([FACTORS, -FACTORS]) if mirrored else FACTORS
-    args = (weight, levels, thresholds(levels), factors, 1, block_size)
-    compiled, defined = kernels.search_scale(*args), reference.search_scale(*args)
-    compiled_error = squared_error(weight, compiled, None, levels, block_size)
-    defined_error = squared_error(weight, defined, None, levels, block_size)
-    tolerance = WRONG_PREFERENCE * float(weight.double().square().sum())
+    args = (levels, thresholds(levels), factors, 1, block_size)
+    compiled, defined = kernels.search_scale(weight, *args, counts), reference.search_scale(weight, counts, *args)
+    compiled_error = squared_error(weight, counts, compiled, None, levels, block_size)
+    defined_error = squared_error(weight, counts, defined, None, levels, block_size)
+    tolerance = WRONG_PREFERENCE * float((weight.double().square() * counts).sum())
     assert abs(compiled_error - defined_error) <= tolerance, (compiled_error, defined_error)
-    assert_same_choices(compiled, defined, bits)
+    # with counts of 1 the scores of such candidates are exactly equal, and the first wins
+    assert_same_choices(compiled, defined, bits, constant_blocks(weight, block_size) if weighted else None)
 
 
+@counted
 @shapes
 @widths
-def test_search_affine(bits, rows, n, block_size):
-    weight, levels = random_weight(rows, n), codebook("uniform", bits)
-    args = (weight, levels, thresholds(levels), FACTORS, 2, block_size)
-    compiled, defined = kernels.search_affine(*args), reference.search_affine(*args)
-    compiled_error = squared_error(weight, *compiled, levels, block_size)
-    defined_error = squared_error(weight, *defined, levels, block_size)
-    tolerance = WRONG_PREFERENCE * float(weight.double().square().sum())
+def test_search_affine(bits, rows, n, block_size, weighted):
+    weight, counts, levels = random_weight(rows, n), column_counts(n, weighted), codebook("uniform", bits)
+    args = (levels, thresholds(levels), FACTORS, 2, block_size)
+    compiled, defined = kernels.search_affine(weight, *args, counts), reference.search_affine(weight, counts, *args)
+    compiled_error = squared_error(weight, counts, *compiled, levels, block_size)
+    defined_error = squared_error(weight, counts, *defined, levels, block_size)
+    tolerance = WRONG_PREFERENCE * float((weight.double().square() * counts).sum())
     assert abs(compiled_error - defined_error) <= tolerance, (compiled_error, defined_error)
     assert_same_choices(compiled[0], defined[0], bits)
 
@@ -185,21 +205,40 @@ def test_search_finds_the_scale_of_a_representable_block():
     torch.testing.assert_close(found, scale, rtol=1e-6, atol=0)
 
 
+@counted
 @shapes
 @widths
-def test_level_moments(bits, rows, n, block_size):
-    weight, levels = random_weight(rows, n), codebook("nf", bits)
+def test_level_moments(bits, rows, n, block_size, weighted):
+    weight, counts, levels = random_weight(rows, n), column_counts(n, weighted), codebook("nf", bits)
     scale, _ = random_scales(rows, n, block_size, False)
     codes = reference.encode(weight, scale, None, levels, thresholds(levels), block_size)
-    args = (weight, scale, codes, 2**bits, block_size)
-    (num, den), (num_defined, den_defined) = kernels.level_moments(*args), reference.level_moments(*args)
+    args = (scale, codes, 2**bits, block_size)
+    num, den = kernels.level_moments(weight, *args, counts)
+    num_defined, den_defined = reference.level_moments(weight, counts, *args)
     assert num.dtype == den.dtype == torch.float64
     # float64 sums of up to 1.5e5 products in another order; a sum of both signs is measured by its summands' sizes
-    size = kernels.level_moments(weight.abs(), scale.abs(), *args[2:])[0]
+    size = kernels.level_moments(weight.abs(), scale.abs(), *args[1:], counts)[0]
     num_difference = float(((num - num_defined).abs() / size.clamp_min(1e-300)).max())
     den_difference = float(((den - den_defined).abs() / den_defined.clamp_min(1e-300)).max())
     assert num_difference <= 1e-12, f"{num_difference:.2e}"
     assert den_difference <= 1e-12, f"{den_difference:.2e}"
+
+
+@shapes
+@widths
+def test_counts_of_one_are_no_counts(bits, rows, n, block_size):
+    weight, levels, affine = random_weight(rows, n), codebook("nf", bits), codebook("uniform", bits)
+    scale, _ = random_scales(rows, n, block_size, False)
+    codes = reference.encode(weight, scale, None, levels, thresholds(levels), block_size)
+    ones = torch.ones(n)
+    args = (weight, levels, thresholds(levels), FACTORS, 1, block_size)
+    assert torch.equal(kernels.search_scale(*args), kernels.search_scale(*args, ones))
+    args = (weight, affine, thresholds(affine), FACTORS, 2, block_size)
+    for without, with_ones in zip(kernels.search_affine(*args), kernels.search_affine(*args, ones), strict=True):
+        assert torch.equal(without, with_ones)
+    args = (weight, scale, codes, 2**bits, block_size)
+    for without, with_ones in zip(kernels.level_moments(*args), kernels.level_moments(*args, ones), strict=True):
+        assert torch.equal(without, with_ones)
 
 
 @pytest.mark.parametrize("kernel", ["pack", "unpack", "dequantize", "encode", "scale", "affine", "moments"])

@@ -15,11 +15,15 @@ from torch import Tensor
 
 import transcription
 from loftq.codec import quantize
-from loftq.config import BITS, CODEBOOKS, METHODS, PUBLISHED, SCALES, QuantSpec
+from loftq.config import BITS, CODEBOOKS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
 from loftq.solver import Decomposition, decompose, lora_scaling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The other methods work on statistics of the inputs: test_methods.py
+WEIGHT_ONLY = ["loftq", "loftq-svd-first", "qlora", "rtn", "pissa", "qpissa"]
+STEPS = {"qlora": 0, "rtn": 0, "pissa": 1}  # the others take num_iter
 
 WEIGHTS = ["attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"]
 
@@ -145,14 +149,16 @@ def test_dense_result_is_backbone_plus_scaled_product():
 # --- the best iterate ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("bits", BITS, ids=lambda bits: f"{bits}bit")
 def test_best_iterate_is_kept_and_reproduces_its_error(bits, codebook, scale, method):
     weight = gaussian(50, 100)
     result = decompose(weight, QuantSpec(bits, codebook, scale=scale), rank=6, num_iter=4, method=method)
-    assert len(result.errors) == (1 if method == "qlora" else 5)
+    assert len(result.errors) == 1 + STEPS.get(method, 4)
+    assert result.objectives == result.errors
+    assert result.method == method
     assert result.error == result.errors[result.best_iter] == min(result.errors), result.errors
     assert true_error(weight, result) == pytest.approx(result.error, abs=1e-6)
 
@@ -173,7 +179,7 @@ def test_best_iterate_is_kept_and_reproduces_its_error(bits, codebook, scale, me
         block_size=st.sampled_from([32, 64]),
         double_quant=st.booleans(),
     ),
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(WEIGHT_ONLY),
     svd=st.sampled_from(["exact", "block"]),
 )
 def test_never_worse_than_plain_quantization(rows, n, rank, num_iter, seed, power, spec, method, svd):
@@ -218,16 +224,17 @@ def test_block_power_reaches_the_exact_objective(minilm_layer2, bits):
 # --- no adapter, too much adapter ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_without_iterations_the_adapter_starts_as_in_peft(method):
     weight = gaussian(30, 64)
     result = decompose(weight, QuantSpec(2), rank=8, num_iter=0, method=method)
     assert_peft_start(result, weight)
 
 
-def test_qlora_ignores_iterations():
+@pytest.mark.parametrize("method", ["qlora", "rtn"])
+def test_qlora_ignores_iterations(method):
     weight = gaussian(30, 64)
-    result = decompose(weight, QuantSpec(2), rank=8, num_iter=5, method="qlora")
+    result = decompose(weight, QuantSpec(2), rank=8, num_iter=5, method=method)
     assert_peft_start(result, weight)
 
 
@@ -257,13 +264,13 @@ def test_rank_beyond_the_smaller_side(rows, n, method):
 
 
 @pytest.mark.parametrize("value", [0.7, -0.7, 0.0])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 def test_single_element(method, value):
     result = decompose(torch.tensor([[value]]), QuantSpec(2), rank=1, method=method)
     assert float(result.dequantize()) == pytest.approx(value, rel=2**-10)  # a float16 scale
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 @pytest.mark.parametrize("svd", ["exact", "block"])
 def test_zero_matrix_is_exact(method, svd):
     result = decompose(torch.zeros(200, 210), QuantSpec(2), rank=4, num_iter=2, method=method, svd=svd)
@@ -283,7 +290,7 @@ def test_range_of_weights(svd, factor):
 # --- determinism, dtypes, errors -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WEIGHT_ONLY)
 @pytest.mark.parametrize("svd", ["exact", "block"])
 def test_same_seed_same_result(method, svd):
     weight = gaussian(220, 256)
@@ -334,6 +341,7 @@ def test_weight_is_not_changed():
         ({"num_iter": -1}, r"^num_iter is -1, expected an integer of at least 0$"),
         ({"num_iter": None}, r"^num_iter is None, expected an integer"),
         ({"method": "loft"}, r"^method is 'loft', expected one of .*; did you mean loftq\?$"),
+        ({"method": "gptq"}, r"^method 'gptq' works on the layer's inputs, but there are no statistics of them; give"),
         ({"svd": "fast"}, r"^svd is 'fast', expected one of auto, exact, block$"),
         ({"lora_alpha": 0}, r"^lora_alpha is 0, expected a positive number"),
         ({"lora_alpha": -4}, r"^lora_alpha is -4, expected a positive number"),

@@ -241,6 +241,14 @@ class Staging:
             self.done[unit] = {"unit": unit, "sha256": digests, "record": dict(record)}
             self._append(self.done[unit])
 
+    def read(self, key: str) -> Tensor:
+        """A tensor (``file:name``) of a unit that is done."""
+        file, begin, info = self._where[key]
+        stream = self._streams[file]
+        stream.seek(begin)
+        data = bytearray(stream.read(info.nbytes))
+        return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+
     def digests(self) -> dict[str, str]:
         """``file:name`` -> sha256 of every tensor written so far."""
         return {key: digest for line in self.done.values() for key, digest in line["sha256"].items()}

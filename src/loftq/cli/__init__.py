@@ -6,13 +6,17 @@ import sys
 
 import typer
 
+from loftq.cli.calibrate import calibrate
+from loftq.cli.compare import compare
 from loftq.cli.evaluate import evaluate
 from loftq.cli.export import export
 from loftq.cli.generate import generate
 from loftq.cli.inspect import inspect
+from loftq.cli.plan import plan
 from loftq.cli.quantize import quantize
 from loftq.cli.quickstart import quickstart
 from loftq.cli.quiet import quiet_libraries
+from loftq.cli.refine import refine
 from loftq.errors import LoftQError
 
 app = typer.Typer(
@@ -23,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (quickstart, quantize, inspect, evaluate, generate, export):
+for _verb in (quickstart, quantize, calibrate, plan, refine, inspect, evaluate, compare, generate, export):
     app.command()(_verb)
 
 

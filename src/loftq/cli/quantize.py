@@ -31,7 +31,38 @@ def quantize(
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="the rank")] = None,
     use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,
     lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
-    method: Annotated[str, typer.Option(help=f"{_choices(METHODS)}.")] = _DEFAULT.method,
+    method: Annotated[
+        str | None,
+        typer.Option(help=f"{_choices(METHODS)}.", show_default="loftq-data with a calibration text, loftq without"),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text whose inputs decide which errors matter: a UTF-8 or JSONL file, a hub dataset, pydoc, or self.",
+            show_default="pydoc for causal language models",
+        ),
+    ] = None,
+    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    calibration_gradients: Annotated[
+        bool, typer.Option(help="Weigh a layer's outputs by the gradients of the model's loss: a backward pass.")
+    ] = True,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Weight-only: every error of a weight counts alike.")
+    ] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="File of `loftq calibrate`: statistics of the inputs, instead of a text.")
+    ] = None,
+    propagate: Annotated[
+        bool, typer.Option("--propagate", help="Calibrate each layer behind the quantized layers before it.")
+    ] = False,
+    damping: Annotated[
+        float | None,
+        typer.Option(help="From 0, only outputs count, to 1, only weights count.", show_default="the method's own"),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="File of `loftq plan`: bits, block size and rank of every module.")
+    ] = None,
     svd: Annotated[str, typer.Option(help=f"Truncated SVD: {_choices(SVDS)}.")] = _DEFAULT.svd,
     codebook: Annotated[str | None, typer.Option(help=f"{_choices(CODEBOOKS)}.", show_default="lloyd")] = None,
     block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {_choices(BLOCK_SIZES)}.")] = 64,
@@ -70,6 +101,10 @@ def quantize(
         raise ConfigError(
             f"--published already sets the quantizer, but --{next(iter(chosen)).replace('_', '-')} was given too; give one"
         )
+    if no_calibration and (calibration is not None or statistics is not None):
+        raise ConfigError("--no-calibration was given together with a calibration; give one")
+    if calibration is not None and statistics is not None:
+        raise ConfigError("--calibration and --statistics were both given; give one")
     config = LoftQConfig(
         bits=bits,
         rank=rank,
@@ -87,6 +122,13 @@ def quantize(
         rank_pattern=parse.int_patterns("--rank-pattern", rank_pattern),
         first_layers_bits=parse.first_layers(first_layers_bits),
         quantize_embeddings=quantize_embeddings,
+        calibration=None if no_calibration else calibration or "auto",
+        calibration_samples=calibration_samples,
+        calibration_length=calibration_length,
+        calibration_gradients=calibration_gradients,
+        propagate=propagate,
+        damping=damping,
+        plan=None if plan is None else str(plan),
         seed=seed,
         **(PUBLISHED if published else chosen),
     )
@@ -103,6 +145,8 @@ def quantize(
         revision=revision,
         max_shard_bytes=shard_bytes,
         command=parse.this_command(),
+        statistics=statistics,
+        notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),
     )
     if json_output:
         print_json(report.to_dict())

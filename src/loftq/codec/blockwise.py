@@ -7,6 +7,7 @@ scales (nearest level), scale given codes (least squares), levels given codes an
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,13 +91,18 @@ def _search_factors(spec: QuantSpec, device: torch.device) -> Tensor:
     return factors.to(device)
 
 
-def _fit_scales(weight: Tensor, spec: QuantSpec, levels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """float32 (scale, zero) of every block for the given levels."""
+def fit_scales(
+    weight: Tensor, spec: QuantSpec, levels: Tensor, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """float32 (scale, zero) of every block for the given levels, before they are stored.
+
+    ``importance`` (in,): what the squared error of each input feature counts, for a searched scale.
+    """
     factors = _search_factors(spec, weight.device)
     borders = codebooks.thresholds(levels)
     if spec.codebook == "uniform":
         if spec.scale == "search":
-            found = kernels.search_affine(weight, levels, borders, factors, 2, spec.block_size)
+            found = kernels.search_affine(weight, levels, borders, factors, 2, spec.block_size, importance)
             return _limit_zero(*found, spec.scale_dtype)
         low = _block_extreme(weight, spec.block_size, "amin")
         high = _block_extreme(weight, spec.block_size, "amax")
@@ -106,7 +112,7 @@ def _fit_scales(weight: Tensor, spec: QuantSpec, levels: Tensor) -> tuple[Tensor
         return _limit_zero(scale, zero, spec.scale_dtype)
     if spec.scale == "absmax":
         return block_absmax(weight, spec.block_size) / levels.abs().max(), None
-    return kernels.search_scale(weight, levels, borders, factors, 1, spec.block_size), None
+    return kernels.search_scale(weight, levels, borders, factors, 1, spec.block_size, importance), None
 
 
 def _limit_zero(scale: Tensor, zero: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]:
@@ -120,56 +126,49 @@ def _limit_zero(scale: Tensor, zero: Tensor, scale_dtype: str) -> tuple[Tensor, 
     return torch.where(beyond, offset.abs() / limit, scale), torch.where(beyond, zero.sign() * limit, zero)
 
 
-def _refit_levels(weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int) -> Tensor:
+def _refit_levels(
+    weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int, importance: Tensor | None
+) -> Tensor:
     """Least squares of each level given codes and scales; a level without elements stays."""
-    num, den = kernels.level_moments(weight, scale, codes, levels.numel(), block_size)
+    num, den = kernels.level_moments(weight, scale, codes, levels.numel(), block_size, importance)
     fitted = torch.where(den > 0, num / den.clamp_min(1e-300), levels.double()).float()
     return fitted if bool((fitted[1:] >= fitted[:-1]).all()) else levels
 
 
-def _normalised(levels: Tensor) -> Tensor:
+def normalised(levels: Tensor) -> Tensor:
+    """Levels divided by the largest magnitude among them."""
     return levels / levels.abs().max()
 
 
-def _learn_levels(weight: Tensor, spec: QuantSpec, levels: Tensor, rounds: int) -> Tensor:
-    """Alternate scales, codes and levels; the result is scaled to a largest magnitude of 1."""
-    for _ in range(rounds):
-        scale, _ = _fit_scales(weight, spec, levels)
+def starting_levels(
+    weight: Tensor, spec: QuantSpec, levels: Tensor | None = None, importance: Tensor | None = None
+) -> Tensor:
+    """The (2^bits,) levels to quantize a matrix with; fitted to it for ``lloyd`` unless some are given to start from.
+
+    Fitting alternates scales, codes and levels; the result has a largest magnitude of 1.
+    """
+    if spec.codebook != "lloyd":
+        return codebooks.codebook(spec.codebook, spec.bits, weight.device)
+    if levels is not None:
+        return normalised(levels.to(weight.device))
+    levels = codebooks.codebook("lloyd", spec.bits, weight.device)
+    for _ in range(2):
+        scale, _ = fit_scales(weight, spec, levels, importance)
         codes = kernels.encode(weight, scale, None, levels, codebooks.thresholds(levels), spec.block_size)
-        levels = _normalised(_refit_levels(weight, scale, codes, levels, spec.block_size))
+        levels = normalised(_refit_levels(weight, scale, codes, levels, spec.block_size, importance))
     return levels
 
 
-def quantize(weight: Tensor, spec: QuantSpec, *, levels: Tensor | None = None) -> QuantizedTensor:
-    """Quantize a matrix: codes are the nearest levels under the scales as they are stored.
+class StoredScales(NamedTuple):
+    """Scales (and zeros) as they are stored: the tensors, and the float32 (out, blocks) numbers they stand for."""
 
-    Args:
-        weight: (out, in), any floating dtype, any device; computed in float32.
-        spec: how to store it.
-        levels: where fitting a ``lloyd`` codebook starts (an earlier result for a similar matrix); ignored otherwise.
-
-    Raises:
-        WeightError: see :func:`check_weight`.
-    """
-    check_weight(weight)
-    return quantize_checked(weight.detach().float().contiguous(), spec, levels)
+    tensors: dict[str, Tensor]
+    scale: Tensor
+    zero: Tensor | None
 
 
-def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> QuantizedTensor:
-    """:func:`quantize` for a contiguous float32 matrix that is known to be finite."""
-    gain = comfortable_gain(weight)
-    if gain != 1.0 and spec.codebook == "uniform":
-        gain /= 2**spec.bits  # its levels reach 2^bits: leave them room below float32's largest number
-    weight = divided(weight, gain)
-
-    if spec.codebook != "lloyd":
-        levels = codebooks.codebook(spec.codebook, spec.bits, weight.device)
-    elif levels is None:
-        levels = _learn_levels(weight, spec, codebooks.codebook("lloyd", spec.bits, weight.device), rounds=2)
-    else:
-        levels = _normalised(levels.to(weight.device))
-
-    scale, zero = _fit_scales(weight, spec, levels)
+def store_scales(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> StoredScales:
+    """Round scales and zeros to what the spec stores."""
     tensors: dict[str, Tensor] = {}
     if spec.double_quant:
         packed_scale = double_quantize(scale)
@@ -183,12 +182,47 @@ def quantize_checked(weight: Tensor, spec: QuantSpec, levels: Tensor | None) -> 
         zero = torch.where(stored == 0, zero, scale * zero / stored)
         tensors["weight_zero"] = zero.to(DTYPES[spec.scale_dtype])
         zero = tensors["weight_zero"].float()
+    return StoredScales(tensors, stored, zero)
 
-    codes = kernels.encode(weight, stored, zero, levels, codebooks.thresholds(levels), spec.block_size)
+
+def assemble(codes: Tensor, stored: StoredScales, levels: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """The :class:`QuantizedTensor` of (out, in) codes under stored scales and levels."""
+    shape = (codes.shape[0], codes.shape[1])
+    packed = pack(codes, spec.bits).view(storage_layout(spec, shape)["weight"].shape)
+    return QuantizedTensor({**stored.tensors, "weight": packed, "weight_codebook": levels}, spec, shape)
+
+
+def quantize(
+    weight: Tensor, spec: QuantSpec, *, levels: Tensor | None = None, importance: Tensor | None = None
+) -> QuantizedTensor:
+    """Quantize a matrix: codes are the nearest levels under the scales as they are stored.
+
+    Args:
+        weight: (out, in), any floating dtype, any device; computed in float32.
+        spec: how to store it.
+        levels: where fitting a ``lloyd`` codebook starts (an earlier result for a similar matrix); ignored otherwise.
+        importance: (in,) what the squared error of each input feature counts where scales and levels are fitted.
+
+    Raises:
+        WeightError: see :func:`check_weight`.
+    """
+    check_weight(weight)
+    return quantize_checked(weight.detach().float().contiguous(), spec, levels, importance)
+
+
+def quantize_checked(
+    weight: Tensor, spec: QuantSpec, levels: Tensor | None, importance: Tensor | None = None
+) -> QuantizedTensor:
+    """:func:`quantize` for a contiguous float32 matrix that is known to be finite."""
+    gain = comfortable_gain(weight)
+    if gain != 1.0 and spec.codebook == "uniform":
+        gain /= 2**spec.bits  # its levels reach 2^bits: leave them room below float32's largest number
+    weight = divided(weight, gain)
+
+    levels = starting_levels(weight, spec, levels, importance)
+    stored = store_scales(*fit_scales(weight, spec, levels, importance), spec)
+    codes = kernels.encode(weight, stored.scale, stored.zero, levels, codebooks.thresholds(levels), spec.block_size)
     if spec.codebook == "lloyd":
-        levels = _refit_levels(weight, stored, codes, levels, spec.block_size)
-        codes = kernels.encode(weight, stored, zero, levels, codebooks.thresholds(levels), spec.block_size)
-    shape = (weight.shape[0], weight.shape[1])
-    tensors["weight"] = pack(codes, spec.bits).view(storage_layout(spec, shape)["weight"].shape)
-    tensors["weight_codebook"] = levels * gain
-    return QuantizedTensor(tensors, spec, shape)
+        levels = _refit_levels(weight, stored.scale, codes, levels, spec.block_size, importance)
+        codes = kernels.encode(weight, stored.scale, None, levels, codebooks.thresholds(levels), spec.block_size)
+    return assemble(codes, stored, levels, spec).times(gain)

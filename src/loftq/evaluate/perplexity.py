@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loftq.config import positive_int
 from loftq.errors import ConfigError, SourceError
+from loftq.evaluate.head import chunks, losses, parts_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def perplexity(
     """Score token ids with a causal language model.
 
     Args:
-        model: returns ``logits`` (batch, tokens, vocabulary); set to eval mode for the duration.
+        model: returns ``logits`` (batch, tokens, vocabulary); set to eval mode for the duration. Where its last hidden
+            states and its head give the same, the logits exist a few hundred tokens at a time only.
         ids: (n,) token ids.
         window: tokens the model sees at once.
         stride: how far the window advances; by default the window, so that windows do not overlap.
@@ -61,42 +63,54 @@ def perplexity(
         SourceError: for fewer than 2 tokens.
     """
     stride = window if stride is None else stride
-    positive_int("window", window, 2)
+    ids = checked_ids(model, ids, window)
     positive_int("stride", stride)
     positive_int("batch_size", batch_size)
     if stride > window:
         raise ConfigError(f"stride is {stride}, expected at most the window of {window}, or tokens would be left out")
+
+    device = next(p.device for p in model.parameters())
+    was_training = model.training
+    model.eval()
+    found: list[Tensor] = []
+    try:
+        parts = parts_of(model, ids[:window])
+        for batch, fresh in windows(ids, window, stride, batch_size):
+            hidden = parts.body(batch[:, :-1].to(device))[:, -fresh:].flatten(0, 1)
+            targets = batch[:, -fresh:].to(device).flatten()
+            for chunk in chunks(targets.numel()):
+                found.append(losses(parts.head.logits(hidden[chunk]), targets[chunk]))
+                advance("tokens", found[-1].numel())
+    finally:
+        model.train(was_training)
+    nll = torch.cat(found)
+    mean, error = mean_and_error(nll)
+    # exp beyond float64 is a broken model, not a crash
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, value * error, mean, nll.numel(), window, stride)
+
+
+def checked_ids(model: nn.Module, ids: Tensor, window: int) -> Tensor:
+    """(n,) int64 ids to score, after checking that there are enough of them and that the window fits the model."""
+    positive_int("window", window, 2)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and window > limit:
         raise ConfigError(
             f"window is {window}, but the model has {limit} positions; choose a window of at most {limit}"
         )
-    ids = ids.flatten()
+    ids = ids.flatten().long()
     if ids.numel() < 2:
         raise SourceError(f"the text has {ids.numel()} tokens, expected at least 2 to predict one from another")
-
-    device = next(p.device for p in model.parameters())
-    was_training = model.training
-    model.eval()
-    losses: list[Tensor] = []
-    try:
-        for batch, fresh in _windows(ids, window, stride, batch_size):
-            logits = model(input_ids=batch[:, :-1].to(device)).logits.float()
-            targets = batch[:, 1:].to(device)
-            loss = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-            losses.append(loss[:, -fresh:].flatten().double().cpu())
-            advance("tokens", losses[-1].numel())
-    finally:
-        model.train(was_training)
-    nll = torch.cat(losses)
-    mean = float(nll.mean())
-    # exp beyond float64 is a broken model, not a crash
-    value = math.exp(mean) if mean < 700 else math.inf
-    deviation = float(nll.std()) if nll.numel() > 1 else 0.0
-    return Perplexity(value, value * deviation / math.sqrt(nll.numel()), mean, nll.numel(), window, stride)
+    return ids
 
 
-def _windows(ids: Tensor, window: int, stride: int, batch_size: int) -> list[tuple[Tensor, int]]:
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of (n,) values, and its standard error std / sqrt(n); 0 for a single value."""
+    deviation = float(values.std()) if values.numel() > 1 else 0.0
+    return float(values.mean()), deviation / math.sqrt(values.numel())
+
+
+def windows(ids: Tensor, window: int, stride: int, batch_size: int) -> list[tuple[Tensor, int]]:
     """Batches of (rows, inputs + 1) token ids, and how many of a row's last tokens have not been scored before.
 
     A window's last input predicts the token after it, where the next window begins: every token but the first of the

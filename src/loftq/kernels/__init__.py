@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq.kernels import cpu_fit, cpu_pack, cpu_unpack, reference
+from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_unpack, reference
 from loftq.kernels.reference import packed_row_bytes
 from loftq.kernels.threads import for_rows
 
 __all__ = [
     "dequantize",
+    "descend",
+    "descend_coupled",
     "encode",
+    "feedback",
     "level_moments",
     "pack",
     "packed_row_bytes",
@@ -92,38 +95,165 @@ def encode(
     return codes
 
 
+def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:
+    return weight.new_ones(weight.shape[1]) if importance is None else importance.to(weight)
+
+
 def search_scale(
-    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+    weight: Tensor,
+    codebook: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    refine: int,
+    block_size: int,
+    importance: Tensor | None = None,
 ) -> Tensor:
-    """The best of ``absmax * factors`` per block in squared error, then refitted by least squares."""
+    """The best of ``absmax * factors`` per block in squared error, then refitted by least squares.
+
+    ``importance`` (in,) is what the squared error of each column counts; ``None`` for all alike.
+    """
+    counts = _counts(weight, importance)
     if not _on_cpu(weight):
-        return reference.search_scale(weight, codebook, thresholds, factors, refine, block_size)
+        return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    args = (_np(weight), _np(codebook), _np(thresholds), _np(factors), refine, block_size, scale.numpy())
-    for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *args)
+    tensors = map(_np, (weight, counts, codebook, thresholds, factors))
+    for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
     return scale
 
 
 def search_affine(
-    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+    weight: Tensor,
+    codebook: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    refine: int,
+    block_size: int,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The best (scale, zero) per block over shrunken min/max ranges, each refitted by least squares."""
+    """The best (scale, zero) per block over shrunken min/max ranges, each refitted by (weighted) least squares."""
+    counts = _counts(weight, importance)
     if not _on_cpu(weight):
-        return reference.search_affine(weight, codebook, thresholds, factors, refine, block_size)
+        return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
-    args = (_np(weight), _np(codebook), _np(thresholds), _np(factors), refine, block_size, scale.numpy(), zero.numpy())
-    for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *args)
+    tensors = map(_np, (weight, counts, codebook, thresholds, factors))
+    out = (scale.numpy(), zero.numpy())
+    for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, *out)
     return scale, zero
 
 
-def level_moments(weight: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """For each level k: sum of scale * w and sum of scale^2 over the elements with code k, float64."""
+def level_moments(
+    weight: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For each level k: sum of h * scale * w and sum of h * scale^2 over the elements with code k, float64."""
+    counts = _counts(weight, importance)
     if not _on_cpu(weight):
-        return reference.level_moments(weight, scale, codes, levels, block_size)
+        return reference.level_moments(weight, counts, scale, codes, levels, block_size)
     slabs = -(-weight.shape[0] // _SLAB)
     num = torch.zeros(slabs, levels, dtype=torch.float64)
     den = torch.zeros_like(num)
-    args = (_np(weight), _np(scale), _np(codes), block_size, _SLAB, num.numpy(), den.numpy())
-    for_rows(cpu_fit.level_moments_rows, slabs, weight.numel(), *args)
+    tensors = map(_np, (weight, counts, scale, codes))
+    out = (num.numpy(), den.numpy())
+    for_rows(cpu_fit.level_moments_rows, slabs, weight.numel(), *tensors, block_size, _SLAB, *out)
     return num.sum(0), den.sum(0)
+
+
+def feedback(
+    work: Tensor,
+    inverse: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    columns: tuple[int, int],
+    codes: Tensor,
+    dense: Tensor,
+) -> Tensor:
+    """Round the columns of ``work`` from ``columns[0]`` to ``columns[1]`` one after the other (GPTQ).
+
+    After column j its error ``e = (work_j - value) / inverse_jj`` is taken out of the columns after it within the range:
+    ``work_i -= e * inverse_ji``. ``work`` (rows, in) and ``inverse`` (in, in), upper triangular, have their columns in
+    ``order`` (in,); ``codes`` and ``dense`` (rows, in), which receive the result, have the matrix's own.
+
+    Returns:
+        the errors e (rows, columns[1] - columns[0]), for the columns beyond the range.
+    """
+    if not _on_cpu(work):
+        return reference.feedback(
+            work, inverse, order, scale, zero, codebook, thresholds, block_size, columns, codes, dense
+        )
+    begin, end = columns
+    errors = torch.empty(work.shape[0], end - begin)
+    tensors = map(_np, (inverse, order, scale, zero, codebook, thresholds))
+    out = (codes.numpy(), dense.numpy(), errors.numpy())
+    work_items = work.shape[0] * (end - begin) ** 2 // 4
+    for_rows(
+        cpu_feedback.feedback_rows, work.shape[0], work_items, work.numpy(), *tensors, block_size, begin, end, *out
+    )
+    return errors
+
+
+def descend(
+    gradient: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    codes: Tensor,
+    dense: Tensor,
+    sweeps: int,
+    refit: bool,
+) -> None:
+    """Coordinate descent on ``tr((W - dense) H (W - dense)^T)``: each code in turn takes its best value, given the others.
+
+    With ``refit`` each block's scale follows by least squares after its codes. Never raises the objective. Everything is
+    changed in place: ``gradient = (W - dense) H`` (rows, in), ``scale`` (rows, blocks), ``codes`` and ``dense`` (rows, in).
+    """
+    if not _on_cpu(gradient):
+        return reference.descend(
+            gradient, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, sweeps, refit
+        )
+    constants = (_np(zero), _np(codebook), _np(thresholds), block_size)
+    out = (codes.numpy(), dense.numpy())
+    rows, n = gradient.shape
+    state = (gradient.numpy(), _np(hessian), scale.numpy())
+    for_rows(cpu_feedback.descend_rows, rows, rows * n * n // 4, *state, *constants, *out, sweeps, refit)
+    return None
+
+
+def descend_coupled(
+    error: Tensor,
+    hessian: Tensor,
+    coupling: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    codes: Tensor,
+    dense: Tensor,
+    refit: bool,
+) -> None:
+    """One sweep of coordinate descent on ``tr(G E H E^T)``, ``E = W - dense`` = ``error`` (rows, in), ``G`` = ``coupling``.
+
+    Like :func:`descend`, which is the case G = I; but errors of one row can make up for those of another, so the rows are
+    visited one after the other. ``error`` is left as it was.
+    """
+    if not _on_cpu(error):
+        reference.descend_coupled(
+            error, hessian, coupling, scale, zero, codebook, thresholds, block_size, codes, dense, refit
+        )
+        return
+    product = (error @ hessian).contiguous()
+    shares = coupling / coupling.diagonal()[:, None]
+    constants = (_np(hessian), scale.numpy(), _np(zero), _np(codebook), _np(thresholds), block_size)
+    for first in range(0, error.shape[0], _SLAB):
+        last = min(first + _SLAB, error.shape[0])
+        gradient = (shares[first:last] @ product).numpy()
+        cpu_feedback.descend_coupled(
+            first, last, gradient, _np(coupling), product.numpy(), *constants, codes.numpy(), dense.numpy(), refit
+        )

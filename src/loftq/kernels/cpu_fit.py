@@ -4,7 +4,7 @@ elements vectorises: the nearest level is found by counting the thresholds an el
 A block w is represented as ``scale * (codebook[codes] + zero * codebook[1])``. For fixed codes the squared error is
 quadratic in the scale, so for every candidate scale the loop accumulates ``num = <w, q>`` and ``den = <q, q>``: the best
 scale for those codes is ``num / den`` and explains ``num^2 / den`` of the block's energy. The candidate that explains
-most wins.
+most wins. With ``importance`` every inner product is weighted by one number per column, what its error counts.
 """
 
 import numba
@@ -26,31 +26,34 @@ def _levels_of(block, n, inverse, codebook, thresholds, levels):
 
 
 @numba.njit(inline="always")
-def _moments(block, n, levels):
+def _moments(block, n, levels, importance):
     num = np.float32(0)
     den = np.float32(0)
     for i in range(n):
-        num += block[i] * levels[i]
-        den += levels[i] * levels[i]
+        weighted = levels[i] * importance[i]
+        num += block[i] * weighted
+        den += levels[i] * weighted
     return num, den
 
 
 @numba.njit(inline="always")
-def _affine_moments(block, n, levels):
+def _affine_moments(block, n, levels, importance):
     """Least squares of the block on (levels, 1): slope, intercept, explained energy about the mean."""
     sl = np.float32(0)
     sw = np.float32(0)
+    total = np.float32(0)
     for i in range(n):
-        sl += levels[i]
-        sw += block[i]
-    ml = sl / n
-    mw = sw / n
+        sl += levels[i] * importance[i]
+        sw += block[i] * importance[i]
+        total += importance[i]
+    ml = sl / total
+    mw = sw / total
     num = np.float32(0)
     den = np.float32(0)
     for i in range(n):
         d = levels[i] - ml
-        num += (block[i] - mw) * d
-        den += d * d
+        num += (block[i] - mw) * d * importance[i]
+        den += d * d * importance[i]
     if den <= 0:
         return np.float32(0), mw, np.float32(0)
     slope = num / den
@@ -58,7 +61,7 @@ def _affine_moments(block, n, levels):
 
 
 @numba.njit(**_OPTIONS)
-def search_scale_rows(first, last, weight, codebook, thresholds, factors, refine, block_size, scale):
+def search_scale_rows(first, last, weight, importance, codebook, thresholds, factors, refine, block_size, scale):
     """scale[r, b] <- the best of ``absmax * factors``, then refitted by least squares ``refine`` times."""
     in_features = weight.shape[1]
     top = max(abs(codebook[0]), abs(codebook[codebook.shape[0] - 1]))
@@ -68,6 +71,7 @@ def search_scale_rows(first, last, weight, codebook, thresholds, factors, refine
             begin = b * block_size
             n = min(block_size, in_features - begin)
             block = weight[r, begin : begin + n]
+            counts = importance[begin : begin + n]
             base = np.float32(0)
             for i in range(n):
                 base = max(base, abs(block[i]))
@@ -80,7 +84,7 @@ def search_scale_rows(first, last, weight, codebook, thresholds, factors, refine
             for f in range(factors.shape[0]):
                 candidate = base * factors[f]
                 _levels_of(block, n, np.float32(1) / candidate, codebook, thresholds, levels)
-                num, den = _moments(block, n, levels)
+                num, den = _moments(block, n, levels, counts)
                 if den > 0 and num * num > best_score * den:
                     best_score = num * num / den
                     best = num / den
@@ -88,14 +92,14 @@ def search_scale_rows(first, last, weight, codebook, thresholds, factors, refine
                 if best == 0:
                     break
                 _levels_of(block, n, np.float32(1) / best, codebook, thresholds, levels)
-                num, den = _moments(block, n, levels)
+                num, den = _moments(block, n, levels, counts)
                 if den > 0:
                     best = num / den
             scale[r, b] = best
 
 
 @numba.njit(**_OPTIONS)
-def search_affine_rows(first, last, weight, codebook, thresholds, factors, refine, block_size, scale, zero):
+def search_affine_rows(first, last, weight, importance, codebook, thresholds, factors, refine, block_size, scale, zero):
     """scale, zero[r, b] <- the best range ``mid ± factor * half_range``, each refitted by least squares.
 
     The codebook starts at 0. A constant block is exact with code 0: scale |c|, zero ±1.
@@ -109,6 +113,7 @@ def search_affine_rows(first, last, weight, codebook, thresholds, factors, refin
             begin = b * block_size
             n = min(block_size, in_features - begin)
             block = weight[r, begin : begin + n]
+            counts = importance[begin : begin + n]
             low = block[0]
             high = block[0]
             for i in range(n):
@@ -128,7 +133,7 @@ def search_affine_rows(first, last, weight, codebook, thresholds, factors, refin
                 for i in range(n):
                     shifted[i] = block[i] - offset
                 _levels_of(shifted, n, np.float32(1) / slope, codebook, thresholds, levels)
-                s, o, score = _affine_moments(block, n, levels)
+                s, o, score = _affine_moments(block, n, levels, counts)
                 if s > 0 and score > best_score:
                     best_score = score
                     best_slope = s
@@ -139,7 +144,7 @@ def search_affine_rows(first, last, weight, codebook, thresholds, factors, refin
                 for i in range(n):
                     shifted[i] = block[i] - best_offset
                 _levels_of(shifted, n, np.float32(1) / best_slope, codebook, thresholds, levels)
-                s, o, score = _affine_moments(block, n, levels)
+                s, o, score = _affine_moments(block, n, levels, counts)
                 if s > 0 and score >= best_score:
                     best_score = score
                     best_slope = s
@@ -179,16 +184,16 @@ def encode_rows(first, last, weight, scale, zero, codebook, thresholds, block_si
 
 
 @numba.njit(**_OPTIONS)
-def level_moments_rows(first, last, weight, scale, codes, block_size, slab, num, den):
-    """Per slab of ``slab`` rows: num[k] = sum of scale*w, den[k] = sum of scale^2 over the elements with code k."""
+def level_moments_rows(first, last, weight, importance, scale, codes, block_size, slab, num, den):
+    """Per slab of ``slab`` rows: num[k] = sum of h*scale*w, den[k] = sum of h*scale^2 over the elements with code k."""
     in_features = weight.shape[1]
     for g in range(first, last):
         for r in range(g * slab, min((g + 1) * slab, weight.shape[0])):
             for b in range(scale.shape[1]):
                 begin = b * block_size
-                s = scale[r, b]
-                s2 = np.float64(s) * np.float64(s)
+                s = np.float64(scale[r, b])
                 for i in range(begin, min(begin + block_size, in_features)):
                     k = codes[r, i]
-                    num[g, k] += np.float64(s) * np.float64(weight[r, i])
-                    den[g, k] += s2
+                    weighted = s * np.float64(importance[i])
+                    num[g, k] += weighted * np.float64(weight[r, i])
+                    den[g, k] += weighted * s

@@ -75,16 +75,22 @@ def encode(
 
 
 def search_scale(
-    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+    weight: Tensor,
+    importance: Tensor,
+    codebook: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    refine: int,
+    block_size: int,
 ) -> Tensor:
     blocks = _blocks(weight, block_size)
-    valid = ~blocks.isnan()
+    valid = _blocks(importance[None], block_size).nan_to_num(0.0)
     blocks = blocks.nan_to_num(0.0)
     start_scale = blocks.abs().amax(-1) / codebook.abs().max()
 
     def fit(candidate: Tensor) -> tuple[Tensor, Tensor]:
-        levels = codebook[_nearest((blocks * (1 / candidate).unsqueeze(-1)).contiguous(), thresholds)] * valid
-        return (blocks * levels).sum(-1), (levels * levels).sum(-1)
+        levels = codebook[_nearest((blocks * (1 / candidate).unsqueeze(-1)).contiguous(), thresholds)]
+        return (blocks * levels * valid).sum(-1), (levels * levels * valid).sum(-1)
 
     best, best_score = start_scale.clone(), torch.full_like(start_scale, -1.0)
     for factor in factors:
@@ -99,10 +105,16 @@ def search_scale(
 
 
 def search_affine(
-    weight: Tensor, codebook: Tensor, thresholds: Tensor, factors: Tensor, refine: int, block_size: int
+    weight: Tensor,
+    importance: Tensor,
+    codebook: Tensor,
+    thresholds: Tensor,
+    factors: Tensor,
+    refine: int,
+    block_size: int,
 ) -> tuple[Tensor, Tensor]:
     blocks = _blocks(weight, block_size)
-    valid = ~blocks.isnan()
+    valid = _blocks(importance[None], block_size).nan_to_num(0.0)
     count = valid.sum(-1)
     low = blocks.nan_to_num(float("inf")).amin(-1)
     high = blocks.nan_to_num(float("-inf")).amax(-1)
@@ -112,11 +124,11 @@ def search_affine(
 
     def fit(slope: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = (blocks - offset.unsqueeze(-1)) * (1 / slope).unsqueeze(-1)
-        levels = codebook[_nearest(x.contiguous(), thresholds)] * valid
-        mean_level, mean = levels.sum(-1) / count, blocks.sum(-1) / count
-        centred = (levels - mean_level.unsqueeze(-1)) * valid
-        num = ((blocks - mean.unsqueeze(-1)) * centred).sum(-1)
-        den = (centred * centred).sum(-1)
+        levels = codebook[_nearest(x.contiguous(), thresholds)]
+        mean_level, mean = (levels * valid).sum(-1) / count, (blocks * valid).sum(-1) / count
+        centred = levels - mean_level.unsqueeze(-1)
+        num = ((blocks - mean.unsqueeze(-1)) * centred * valid).sum(-1)
+        den = (centred * centred * valid).sum(-1)
         slope = torch.where(den > 0, num / den, torch.zeros_like(num))
         return slope, mean - slope * mean_level, num * slope
 
@@ -137,12 +149,111 @@ def search_affine(
     return scale, zero
 
 
-def level_moments(weight: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """For each level k: sum of scale * w and sum of scale^2 over the elements with code k, float64."""
+def level_moments(
+    weight: Tensor, importance: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """For each level k: sum of h * scale * w and sum of h * scale^2 over the elements with code k, float64."""
     spread = _spread(scale, block_size, weight.shape[1]).double()
+    weighted = spread * importance.double()
     index = codes.long().flatten()
     num = torch.zeros(levels, dtype=torch.float64, device=weight.device)
     den = torch.zeros_like(num)
-    num.index_add_(0, index, (spread * weight.double()).flatten())
-    den.index_add_(0, index, (spread * spread).flatten())
+    num.index_add_(0, index, (weighted * weight.double()).flatten())
+    den.index_add_(0, index, (weighted * spread).flatten())
     return num, den
+
+
+def feedback(
+    work: Tensor,
+    inverse: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    columns: tuple[int, int],
+    codes: Tensor,
+    dense: Tensor,
+) -> Tensor:
+    begin, end = columns
+    errors = torch.empty(work.shape[0], end - begin, dtype=work.dtype, device=work.device)
+    for j in range(begin, end):
+        i = int(order[j])
+        codes[:, i], dense[:, i] = _nearest_value(work[:, j], i // block_size, scale, zero, codebook, thresholds)
+        error = (work[:, j] - dense[:, i]) / inverse[j, j]
+        work[:, j + 1 : end] -= error[:, None] * inverse[j, j + 1 : end]
+        errors[:, j - begin] = error
+    return errors
+
+
+def _nearest_value(
+    x: Tensor, block: int, scale: Tensor, zero: Tensor | None, codebook: Tensor, thresholds: Tensor
+) -> tuple[Tensor, Tensor]:
+    s = scale[:, block]
+    offset = torch.zeros_like(s) if zero is None else zero[:, block] * codebook[1]
+    code = _nearest((x / torch.where(s == 0, 1, s) - offset).contiguous(), thresholds)
+    code = torch.where(s == 0, codebook.abs().argmin(), code)
+    return code.to(torch.uint8), s * (codebook[code] + offset)
+
+
+def descend(
+    gradient: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    codes: Tensor,
+    dense: Tensor,
+    sweeps: int,
+    refit: bool,
+) -> None:
+    n = gradient.shape[1]
+    for _ in range(sweeps):
+        for block in range(scale.shape[1]):
+            inside = slice(block * block_size, min((block + 1) * block_size, n))
+            for j in range(inside.start, inside.stop):
+                wanted = dense[:, j] + gradient[:, j] / hessian[j, j]
+                code, value = _nearest_value(wanted, block, scale, zero, codebook, thresholds)
+                moved = (code != codes[:, j]) & (scale[:, block] != 0)
+                step = torch.where(moved, value - dense[:, j], 0.0)
+                codes[:, j] = torch.where(moved, code, codes[:, j])
+                dense[:, j] += step
+                gradient -= step[:, None] * hessian[j]
+            if refit:
+                offset = 0.0 if zero is None else (zero[:, block] * codebook[1])[:, None]
+                levels = codebook[codes[:, inside].long()] + offset
+                num = (levels * gradient[:, inside]).sum(1)
+                den = ((levels @ hessian[inside, inside]) * levels).sum(1)
+                worthwhile = (den > 0) & (num.abs() > 2.0**-10 * scale[:, block].abs() * den)
+                step = torch.where(worthwhile & (scale[:, block] != 0), num / den.clamp_min(1e-30), 0.0)
+                scale[:, block] += step
+                moves = step[:, None] * levels
+                dense[:, inside] += moves
+                gradient -= moves @ hessian[inside]
+
+
+def descend_coupled(
+    error: Tensor,
+    hessian: Tensor,
+    coupling: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor,
+    thresholds: Tensor,
+    block_size: int,
+    codes: Tensor,
+    dense: Tensor,
+    refit: bool,
+) -> None:
+    product = error @ hessian
+    for r in range(error.shape[0]):
+        row = slice(r, r + 1)
+        gradient = (coupling[row] / coupling[r, r]) @ product
+        before = gradient.clone()
+        zeros = None if zero is None else zero[row]
+        state = (scale[row], zeros, codebook, thresholds, block_size, codes[row], dense[row])
+        descend(gradient, hessian, *state, 1, refit)
+        product[row] += gradient - before

@@ -13,6 +13,7 @@ from loftq.config import LoftQConfig, QuantSpec
 from loftq.errors import ConfigError
 from loftq.modules import PackedWeight
 from loftq.modules.linear import is_transposed
+from loftq.plan.file import apply_plan
 
 _LAYER_INDEX = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
 
@@ -65,7 +66,7 @@ def plan_modules(model: nn.Module, config: LoftQConfig) -> dict[str, ModulePlan]
             f"pattern {unused[0]!r} of bits_pattern or rank_pattern matches none of the {len(plans)} selected modules, "
             f"expected the end of a module's name such as {next(iter(plans))!r}, or a regular expression for it"
         )
-    return plans
+    return plans if config.plan is None else apply_plan(plans, config.plan)
 
 
 def _describe(module: nn.Module) -> tuple[str, tuple[int, int]]:

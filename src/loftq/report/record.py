@@ -22,6 +22,9 @@ class ModuleRecord:
         quantization_error: relative Frobenius error |W - Q| / |W| of plain quantization.
         error: |W - Q - scaling * B A| / |W| of the result.
         errors, best_iter: the error after each step, and the step that was kept.
+        method: what gave the result; for ``auto`` the candidate that won.
+        objective: what the method minimised, relative: for data-aware methods the error of the layer's outputs.
+        calibration_tokens: inputs of this layer that were seen; 0 where only the weight error counted.
     """
 
     name: str
@@ -38,6 +41,9 @@ class ModuleRecord:
     error: float
     errors: list[float]
     best_iter: int
+    method: str = ""
+    objective: float | None = None
+    calibration_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class QuantizationReport:
         backbone_sha256: identifies the quantized backbone; the adapter's config carries the same.
         adapter_sha256: identifies the fitted adapter.
         versions: of the packages that matter. command: the exact command, where there was one.
+        calibration: the text that decided which errors matter: name, sha256, windows, tokens; ``None`` if there was none.
         timing: seconds in all and per module, peak memory. Apart from ``timing`` and ``command`` the report is the
             same however often a run was interrupted.
     """
@@ -64,6 +71,7 @@ class QuantizationReport:
     adapter_sha256: str
     versions: dict[str, str]
     command: str | None = None
+    calibration: dict[str, Any] | None = None
     timing: dict[str, Any] = field(default_factory=dict)
 
     @property

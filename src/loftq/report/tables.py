@@ -51,6 +51,22 @@ def table(columns: dict[str, str], rows: list[list[str]]) -> Table:
     return result
 
 
+def calibrated_on(report: QuantizationReport) -> str:
+    """One line on the calibration text."""
+    text = report.calibration
+    assert text is not None
+    known = [m for m in report.modules if m.calibration_tokens]
+    share = sum(m.objective or 0.0 for m in known) / max(1, len(known))
+    extras = [name for name in ("gradients", "propagate") if text.get(name)]
+    unseen = len(report.modules) - len(known)
+    return (
+        f"calibrated on {text['name']}: {text['tokens']:,} tokens in {text['windows']} windows"
+        + (f" with {' and '.join(extras)}" if extras else "")
+        + f"; mean relative error of the outputs {share:.4f}"
+        + (f"; {unseen} modules were never reached, there only the weight error counts" if unseen else "")
+    )
+
+
 def print_report(report: QuantizationReport, folder: Path, modules: bool = True) -> None:
     """A quantization's totals, and its modules where asked for."""
     out = console()
@@ -93,5 +109,7 @@ def print_report(report: QuantizationReport, folder: Path, modules: bool = True)
         f"mean relative error {totals['mean_quantization_error']:.4f} quantized, "
         f"{totals['mean_error']:.4f} with the adapter"
     )
+    if report.calibration is not None:
+        out.print(calibrated_on(report))
     if report.timing:
         out.print(f"{report.timing['seconds']:.1f} s, peak memory {size(report.timing['peak_memory_bytes'])}")

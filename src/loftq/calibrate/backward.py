@@ -1,0 +1,363 @@
+"""What the model listens to: gradients in every layer's outputs, with one block of the model in memory at a time.
+
+A forward pass stops in front of every block, as in :mod:`loftq.calibrate.forward`, and so does the backward pass, in the
+opposite order: there a block is run once more with its weights, for its inputs' moments and the gradients in its layers'
+outputs. The loss is the cross entropy against tokens drawn from the model's own distribution, whose gradients g have the
+Fisher information as their second moment: to second order, an error e of a layer's output raises the model's divergence
+from itself by ``½ eᵀ E[g gᵀ] e``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loftq.calibrate.batches import Batch, make_batches
+from loftq.calibrate.blocks import Weights, build, find_blocks, head_name
+from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
+from loftq.calibrate.forward import Group
+from loftq.calibrate.moments import Moment, Rows, combine, unseen
+from loftq.calibrate.spill import Spill, reachable_storages
+from loftq.calibrate.text import CalibrationTokens
+from loftq.calibrate.trace import Collector, check_targets, in_features
+from loftq.checkpoint.source import Source
+from loftq.config import positive_int
+from loftq.errors import SourceError
+from loftq.modules.linear import is_transposed
+from loftq.solver.importance import InputStatistics
+
+Progress = Callable[[str, int], None]
+
+
+class Back(NamedTuple):
+    """A block's backward pass that waits for the gradients in the block's inputs.
+
+    ``inputs`` are those of the tensors in the call that gradients are wanted for, ``gradients`` those in the outputs.
+    """
+
+    block: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+class StreamedGradients:
+    """One forward and one backward pass over a calibration text that hold one block of the model. A context manager.
+
+    Args:
+        source: the model; its forward must give ``logits``.
+        targets: names of linear layers whose statistics are wanted.
+        tokens: the text.
+        fisher: the means of the square root of the diagonal Fisher information per row and column as well (LQ-LoRA).
+        batch_tokens: windows are run together up to this many tokens.
+        spill_bytes: activations that wait beyond this many bytes are written to a temporary folder.
+        dtype: in which the model runs.
+        seed: of the drawn tokens.
+        progress: called with a block's name and the number of tokens that have passed it.
+
+    Raises:
+        SourceError: the model takes no text, gives no logits or lacks weights, or inputs are not finite.
+        ConfigError: a target that is no linear layer, or windows beyond the model's positions.
+        OutputError: no room for what is spilled.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Collection[str],
+        tokens: CalibrationTokens,
+        *,
+        fisher: bool = False,
+        batch_tokens: int = 1024,
+        spill_bytes: int = 2_000_000_000,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        progress: Progress = lambda name, tokens: None,
+    ) -> None:
+        positive_int("batch_tokens", batch_tokens)
+        positive_int("spill_bytes", spill_bytes, 0)
+        self.fisher = fisher
+        self.seed = seed
+        self.progress = progress
+        self._model = build(source, dtype)
+        self._targets = check_targets(self._model, targets)
+        self._batches = make_batches(self._model, tokens, batch_tokens)
+        self._weights = Weights(source, self._model, dtype)
+        head = head_name(self._model, self._targets)
+        self._blocks = [*find_blocks(self._model, self._targets), *([head] if head else [])]
+        self._spill = Spill(spill_bytes)
+        self.work = 2 * len(self._blocks) * sum(int(b.tokens) for b in self._batches)
+        self._drivers: list[Driver] = []
+        self._loaded: str | None = None
+
+    def __enter__(self) -> StreamedGradients:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the passes and remove what was spilled."""
+        try:
+            for position, driver in enumerate(self._drivers):
+                if driver.call is not None:
+                    self._spill.restore(position)
+                driver.stop()
+        finally:
+            self._drivers = []
+            self._spill.close()
+
+    def groups(self) -> Iterator[Group]:
+        """Every target, a group each, in the order of the backward pass: the last block first.
+
+        Layers that share an input share the factors computed from it. What was never reached comes last.
+        """
+        unreached = dict(self._targets)
+        self._start()
+        try:
+            while (block := self._waiting(Call)) is not None:
+                self._load(block)
+                self._each(Call, block, self._forward)
+            while (block := self._waiting(Back)) is not None:
+                self._load(block)
+                targets = {n: m for n, m in self._targets.items() if n == block or n.startswith(f"{block}.")}
+                collector, gradients = Collector(targets, full=True), _Gradients(targets, self.fisher)
+                while self._waiting(Back) == block:
+                    self._each(Back, block, partial(self._backward, collector, gradients))
+                for names, statistics in collector.results() if targets else ():
+                    for name in names:
+                        if unreached.pop(name, None) is None:
+                            raise SourceError(
+                                f"{name} is used again after other blocks, expected once or several times in a row; leave "
+                                f"it out of the calibration"
+                            )
+                        yield Group((name,), partial(gradients.joined, name, statistics))
+        finally:
+            self.close()
+        for name, module in unreached.items():
+            yield Group((name,), partial(unseen, in_features(module)))
+
+    # --- the passes
+
+    def _start(self) -> None:
+        self._weights.load(self._weights.outside(self._blocks))
+        for block in self._blocks:
+            module = self._model.get_submodule(block)
+            module.forward = partial(self._suspend, block, module.forward)
+        self._drivers = [
+            Driver(partial(self._pass, index, batch), grad=True) for index, batch in enumerate(self._batches)
+        ]
+        start_all(self._drivers, self._hold)
+
+    def _pass(self, index: int, batch: Batch) -> None:
+        """In a thread of its own: the model's forward, the loss, the backward pass."""
+        logits = getattr(self._model(**batch.inputs), "logits", None)
+        if not isinstance(logits, Tensor) or not logits.requires_grad:
+            raise SourceError(
+                f"{type(self._model).__name__} gives no logits that depend on its layers, expected a model with a head; "
+                f"calibrate without gradients"
+            )
+        if logits.shape[:2] == batch.mask.shape:
+            logits = logits[batch.mask]
+        logits = logits.flatten(0, -2)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        with torch.no_grad():
+            cumulated = logits.float().softmax(-1).cumsum(-1)
+            uniform = torch.rand(cumulated.shape[0], 1, generator=generator) * cumulated[:, -1:]
+            drawn = torch.searchsorted(cumulated, uniform).squeeze(1).clamp(max=cumulated.shape[1] - 1)
+            del cumulated
+        nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+
+    def _suspend(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        driver = current_driver()
+        if driver is None:
+            return forward(*args, **kwargs)
+        call = Call(block, args, kwargs)
+        inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+        if not inputs:
+            rows = args[0] if args and isinstance(args[0], Tensor) else next(iter(kwargs.values()), None)
+            if not isinstance(rows, Tensor) or not rows.is_floating_point():
+                return driver.suspend(call)  # an embedding: nothing before it is differentiated
+            leaf = rows.detach().requires_grad_()  # here the backward pass ends
+            call = Call(block, *_replaced((args, kwargs), {id(rows): leaf}))
+            inputs = [leaf]
+        box: list[Any] = []
+        outputs = _Passed.apply(call, box, *inputs)
+        (structure,) = box
+        return _filled(structure, iter(outputs))
+
+    def _waiting(self, kind: type[Call] | type[Back]) -> str | None:
+        return next((d.call.block for d in self._drivers if isinstance(d.call, kind)), None)
+
+    def _hold(self, position: int) -> None:
+        call = self._drivers[position].call
+        tensors: list[Tensor] = []
+        if call is not None:
+            rows = self._batches[position].rows
+            shared = reachable_storages(self._model)
+            tensors = [t for t in _tensors(tuple(call)) if t.dim() > 1 and t.shape[0] == rows]
+            tensors = [t for t in tensors if t.untyped_storage()._cdata not in shared]
+        self._spill.suspend(position, tensors)
+
+    def _load(self, block: str) -> None:
+        if self._loaded == block:
+            return
+        if self._loaded is not None:
+            self._weights.unload(self._weights.under([self._loaded]))
+        self._weights.load(self._weights.under([block]))
+        self._loaded = block
+
+    def _each(self, kind: type[Call] | type[Back], block: str, work: Callable[[Batch, Any], Any]) -> None:
+        for position, (driver, batch) in enumerate(zip(self._drivers, self._batches, strict=True)):
+            if not isinstance(driver.call, kind) or driver.call.block != block:
+                continue
+            self._spill.restore(position)
+            driver.resume(work(batch, driver.call))
+            self._hold(position)
+            self.progress(block, batch.tokens)
+
+    @torch.no_grad()
+    def _forward(self, batch: Batch, call: Call) -> Any:
+        return self._model.get_submodule(call.block)(*call.args, **call.kwargs)
+
+    def _backward(self, collector: Collector, gradients: _Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
+        encoder, main = batch.masks_for(back.block)
+        rows = Rows(main, encoder, _tensors((back.args, back.kwargs)))
+        leaves = [t.detach().clone().requires_grad_() for t in back.inputs]
+        swap = {id(t): leaf for t, leaf in zip(back.inputs, leaves, strict=True)}
+        args, kwargs = _replaced((back.args, back.kwargs), swap)
+        with torch.enable_grad(), collector.run(rows), gradients.run(rows):
+            output = self._model.get_submodule(back.block)(*args, **kwargs)
+            outputs = [t for t in _tensors(output) if t.is_floating_point()]
+            pairs = [(t, g) for t, g in zip(outputs, back.gradients, strict=True) if g is not None and t.requires_grad]
+            return torch.autograd.grad([t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+
+
+class _Gradients:
+    """Second moments of the gradients in the outputs of several layers, over many runs."""
+
+    def __init__(self, modules: dict[str, nn.Module], fisher: bool) -> None:
+        self.modules = modules
+        self.fisher = fisher
+        self._moments = {name: Moment(_out_features(module)) for name, module in modules.items()}
+        self._squares: dict[str, Tensor] = {}
+
+    @contextmanager
+    def run(self, rows: Rows) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+                handle = module.register_forward_hook(partial(self._seen, name, rows))
+                stack.callback(handle.remove)
+            yield
+
+    def _seen(self, name: str, rows: Rows, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        x = args[0].detach() if self.fisher and args else None
+
+        def add(gradient: Tensor) -> None:
+            selected, weight, _ = rows.select(gradient)
+            self._moments[name].add(name, selected, weight)
+            if x is not None:
+                windows = gradient.transpose(1, 2) @ x if gradient.dim() == 3 else (gradient.T @ x)[None]
+                self._squares[name] = self._squares.get(name, 0) + windows.square().sum(0)
+
+        output.register_hook(add)
+
+    def joined(self, name: str, statistics: InputStatistics) -> InputStatistics:
+        moment = self._moments.pop(name)
+        if moment.count == 0:
+            return statistics
+        output = combine([moment]).second_moment
+        squares = self._squares.pop(name, None)
+        if squares is None:
+            return statistics.of_layer(output_moment=output)
+        root = (squares / moment.count).sqrt()
+        return statistics.of_layer(output_moment=output, fisher_rows=root.mean(1), fisher_columns=root.mean(0))
+
+
+class _Passed(torch.autograd.Function):
+    """A block's call, seen from the pass's thread: both its output and its gradients come from the main thread."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, box: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        driver = current_driver()
+        assert driver is not None
+        output = driver.suspend(call)
+        ctx.call, ctx.inputs = call, inputs
+        tensors = [t for t in _tensors(output) if t.is_floating_point()]
+        box.append(_structure(output))
+        return tuple(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        driver = current_driver()
+        if driver is None:
+            raise Stop
+        back = Back(ctx.call.block, ctx.call.args, ctx.call.kwargs, ctx.inputs, gradients)
+        del ctx.call
+        return (None, None, *driver.suspend(back))
+
+
+class _Hole:
+    """Stands for a floating-point tensor in the structure of a block's output."""
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Hole() if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_structure, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_structure(item) for item in value)
+    if isinstance(value, dict):
+        return type(value)(**{k: _structure(v) for k, v in value.items()})
+    return value
+
+
+def _filled(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(structure, _Hole):
+        return next(tensors)
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*(_filled(item, tensors) for item in structure))
+    if isinstance(structure, (list, tuple)):
+        return type(structure)(_filled(item, tensors) for item in structure)
+    if isinstance(structure, dict):
+        return type(structure)(**{k: _filled(v, tensors) for k, v in structure.items()})
+    return structure
+
+
+def _replaced(value: Any, swap: dict[int, Tensor]) -> Any:
+    """The structure with some tensors exchanged, and all others cut off from the pass's own graph."""
+    if isinstance(value, Tensor):
+        return swap.get(id(value), value.detach() if value.requires_grad else value)
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(item, swap) for item in value)
+    if type(value) is dict:
+        return {k: _replaced(v, swap) for k, v in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in lists, tuples and mappings, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in _tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors(item)]
+    return []
+
+
+def _out_features(module: nn.Module) -> int:
+    weight: Any = module.weight
+    return int(weight.shape[1 if is_transposed(module) else 0])

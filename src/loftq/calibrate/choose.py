@@ -1,0 +1,244 @@
+"""Which calibration a quantization gets: statistics given, a text to collect them on, or none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.calibrate.backward import StreamedGradients
+from loftq.calibrate.collect import collect
+from loftq.calibrate.forward import Group, StreamedForward
+from loftq.calibrate.statistics import Statistics
+from loftq.calibrate.text import CalibrationTokens, calibration_tokens
+from loftq.checkpoint.source import Source
+from loftq.config import LoftQConfig
+from loftq.errors import ConfigError, SourceError
+from loftq.plan.targets import ModulePlan
+from loftq.solver.importance import InputStatistics
+from loftq.solver.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "pydoc"
+
+
+@dataclass
+class Inputs:
+    """Where the statistics of each layer's inputs come from.
+
+    Attributes:
+        method: the solver's method, now that it is known whether there are statistics.
+        targets: layers that are decomposed when the forward pass (or the saved statistics) reaches them.
+        summary: what the report says of the calibration, ``None`` if there is none.
+        propagate: whether layers see the quantized ones before them.
+    """
+
+    method: str
+    targets: tuple[str, ...] = ()
+    summary: dict[str, Any] | None = None
+    propagate: bool = False
+    statistics: Statistics | None = None
+    source: Source | None = None
+    tokens: CalibrationTokens | None = None
+    gradients: bool = False
+    fisher: bool = False
+    seed: int = 0
+    _forward: StreamedForward | None = field(default=None, init=False)
+
+    @contextmanager
+    def open(self, needed: bool) -> Iterator[Iterator[Group]]:
+        """Groups of layers in forward order; none if not ``needed``, since all are done."""
+        if not needed or not self.targets:
+            yield iter(())
+        elif self.statistics is not None:
+            yield iter(Group((name,), _given(self.statistics, name)) for name in self.targets)
+        else:
+            assert self.source is not None
+            assert self.tokens is not None
+            if self.gradients:
+                with StreamedGradients(
+                    self.source, self.targets, self.tokens, fisher=self.fisher, seed=self.seed
+                ) as backward:
+                    yield backward.groups()
+                return
+            with StreamedForward(self.source, self.targets, self.tokens, propagate=self.propagate) as self._forward:
+                yield self._forward.groups()
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Let later layers see what became of this one."""
+        assert self._forward is not None
+        self._forward.replace(name, weight)
+
+    def unseen(self, plan: ModulePlan | None) -> InputStatistics | None:
+        """What is known of a module that no calibration covers (an embedding): nothing, so only the weight error counts."""
+        if plan is None or self.summary is None:
+            return None
+        return InputStatistics(torch.zeros(plan.shape[1]), torch.zeros(plan.shape[1]), tokens=0)
+
+
+def _given(statistics: Statistics, name: str) -> Callable[[], InputStatistics]:
+    return lambda: statistics[name]
+
+
+def calibrated(
+    source: Source,
+    model: nn.Module,
+    plans: Mapping[str, ModulePlan],
+    config: LoftQConfig,
+    hashes: Mapping[str, str],
+    statistics: Statistics | str | Path | None,
+    notice: Callable[[str], None],
+) -> Inputs:
+    """Decide on the calibration of a checkpoint's quantization.
+
+    Raises:
+        ConfigError: a method that works on inputs has no calibration. SourceError: a text or statistics that do not fit.
+    """
+    chosen = METHODS[config.method] if config.method is not None else None
+    linear = tuple(name for name, plan in plans.items() if plan.kind != "embedding")
+    if chosen is not None and not chosen.needs_inputs:
+        return Inputs(config.method or "loftq")
+    if statistics is not None:
+        if config.propagate:
+            raise ConfigError("saved statistics are of the original model; give a calibration text with --propagate")
+        if isinstance(statistics, (str, Path)):
+            statistics = Statistics.load(statistics, hashes)
+        covered = tuple(name for name in linear if name in statistics)
+        if not covered:
+            raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
+        return Inputs(config.method or "loftq-data", covered, dict(statistics.summary), statistics=statistics)
+    name = config.calibration
+    if name == "auto":
+        name = BUILTIN if _is_causal(model) and (tokenizer := _tokenizer(source)) is not None else None
+        if name is None:
+            if chosen is not None:
+                raise ConfigError(
+                    f"method {config.method!r} works on the layers' inputs, and for this model there is no default "
+                    f"calibration text; give one with --calibration"
+                )
+            notice(
+                "no calibration: the model is no causal language model with a tokenizer; only the weight error counts"
+            )
+        else:
+            notice(
+                f"calibrating on the built-in text ({config.calibration_samples} windows of {config.calibration_length} "
+                f"tokens); --calibration takes your own, --no-calibration leaves it out"
+            )
+    if name is None:
+        if chosen is not None:
+            raise ConfigError(
+                f"method {config.method!r} works on the layers' inputs, but calibration is off; give a text with "
+                f"--calibration or choose a weight-only method such as 'loftq'"
+            )
+        if config.propagate:
+            raise ConfigError("--propagate was given without a calibration text; give one with --calibration")
+        return Inputs("loftq")
+    if config.calibration != "auto":
+        tokenizer = _tokenizer(source)
+    length = config.calibration_length
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = calibration_tokens(
+        name,
+        tokenizer,
+        samples=config.calibration_samples,
+        length=min(length, positions) if positions else length,
+        seed=config.seed,
+        model=_generator(source) if name == "self" else None,
+    )
+    method = config.method or "loftq-data"
+    gradients = _gradients(model, config, METHODS[method])
+    summary = {
+        "name": name,
+        "sha256": tokens.sha256,
+        "windows": tokens.ids.shape[0],
+        "length": tokens.ids.shape[1],
+        "tokens": int(tokens.mask.sum()),
+        "gradients": gradients,
+        "propagate": config.propagate,
+    }
+    return Inputs(
+        method,
+        linear,
+        summary,
+        config.propagate,
+        source=source,
+        tokens=tokens,
+        gradients=gradients,
+        fisher=METHODS[method].needs_gradients,
+        seed=config.seed,
+    )
+
+
+def _gradients(model: nn.Module, config: LoftQConfig, method: Method) -> bool:
+    """Whether the backward pass runs as well: where the method makes use of it, unless switched off."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if method.needs_gradients and (head is None or config.propagate):
+        raise ConfigError(
+            f"method {config.method!r} works on gradients, expected a language model calibrated without --propagate"
+        )
+    wanted = method.row_damping is not None and config.calibration_gradients
+    return method.needs_gradients or (wanted and head is not None and not config.propagate)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer, or ``None`` if it has none that transformers can read."""
+    from loftq.evaluate.models import load_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="loftq-tokenizer-") as folder:
+        source.save_extras(Path(folder))
+        if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("*.model")):
+            return None
+        source.config().save_pretrained(folder)
+        try:
+            return load_tokenizer(folder)
+        except SourceError:
+            return None
+
+
+def _generator(source: Source) -> nn.Module:
+    """The whole model in memory, to write its own calibration text."""
+    from loftq.calibrate.blocks import Weights, build
+
+    model = build(source)
+    weights = Weights(source, model)
+    weights.load(weights.outside([]))
+    return model
+
+
+def collect_statistics(
+    source: Source | str | Path,
+    config: LoftQConfig,
+    *,
+    full: bool = True,
+    gradients: bool = False,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """The statistics of the inputs of every layer that ``config`` selects, on its calibration text.
+
+    Raises:
+        SourceError, ConfigError: see the message.
+    """
+    from loftq.checkpoint.naming import meta_model
+    from loftq.checkpoint.source import open_source
+    from loftq.plan.targets import plan_modules
+
+    opened = open_source(source, revision) if isinstance(source, (str, Path)) else source
+    model = meta_model(opened.config())
+    plans = plan_modules(model, config)
+    inputs = calibrated(opened, model, plans, config.replace(method="qera"), {}, None, lambda sentence: None)
+    assert inputs.tokens is not None
+    return collect(opened, inputs.targets, inputs.tokens, full=full, gradients=gradients, progress=progress)

@@ -1,0 +1,145 @@
+"""Statistics of all layers at once, of a checkpoint or of a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.calibrate.backward import StreamedGradients
+from loftq.calibrate.batches import Batch, make_batches
+from loftq.calibrate.forward import StreamedForward
+from loftq.calibrate.moments import Rows, unseen
+from loftq.calibrate.statistics import Statistics
+from loftq.calibrate.text import CalibrationTokens
+from loftq.calibrate.trace import Collector, check_targets, in_features
+from loftq.checkpoint.source import Source, open_source, sha256_file
+from loftq.solver.importance import InputStatistics
+
+Advance = Callable[[str, int], None]
+
+
+def describe(tokens: CalibrationTokens, full: bool, gradients: bool = False) -> dict[str, Any]:
+    """What statistics say of the text they come from."""
+    windows, length = tokens.ids.shape
+    return {
+        "name": tokens.name,
+        "sha256": tokens.sha256,
+        "windows": windows,
+        "length": length,
+        "tokens": int(tokens.mask.sum()),
+        "full": full,
+        "gradients": gradients,
+    }
+
+
+def collect(
+    source: str | Path | Source,
+    targets: Collection[str],
+    tokens: CalibrationTokens,
+    *,
+    full: bool = True,
+    gradients: bool = False,
+    batch_tokens: int = 2048,
+    spill_bytes: int = 2_000_000_000,
+    progress: bool | Advance = True,
+) -> Statistics:
+    """Statistics of the inputs of every target in the full-precision model, one block of it in memory at a time.
+
+    Args:
+        source: folder with safetensors, ``.gguf`` file, hub id, or an opened source.
+        targets: names of linear layers.
+        tokens, full, batch_tokens, spill_bytes: see :class:`StreamedForward`.
+        gradients: run the backward pass as well, for ``loftq-data`` and LQ-LoRA; see
+            :class:`loftq.calibrate.backward.StreamedGradients`. Second moments are then full.
+        progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, tokens)``.
+
+    Raises:
+        SourceError, ConfigError, OutputError: see :class:`StreamedForward`.
+    """
+    opened = open_source(source) if isinstance(source, (str, Path)) else source
+    layers: dict[str, InputStatistics] = {}
+    forward: StreamedForward | StreamedGradients
+    if gradients:
+        forward, full = StreamedGradients(opened, targets, tokens, fisher=True, spill_bytes=spill_bytes), True
+    else:
+        forward = StreamedForward(
+            opened, targets, tokens, full=full, batch_tokens=batch_tokens, spill_bytes=spill_bytes
+        )
+    with forward, _reporter(progress, forward.work) as forward.progress:
+        for group in forward.groups():
+            layers.update(dict.fromkeys(group.names, group.statistics()))
+    layers = {name: layers[name] for name in targets}
+    return Statistics(layers, describe(tokens, full, gradients), {f.name: sha256_file(f) for f in opened.files})
+
+
+@torch.no_grad()
+def collect_from_model(
+    model: nn.Module,
+    targets: Collection[str],
+    tokens: CalibrationTokens,
+    *,
+    full: bool = True,
+    batch_tokens: int = 2048,
+    progress: bool | Advance = True,
+) -> Statistics:
+    """:func:`collect` for a live transformers model, on the device and in the dtype that it has.
+
+    Raises:
+        SourceError, ConfigError: see :class:`StreamedForward`.
+    """
+    modules = check_targets(model, targets)
+    batches = make_batches(model, tokens, batch_tokens)
+    device = next(model.parameters()).device
+    collector = Collector(modules, full=full)
+    was_training = model.training
+    model.eval()
+    try:
+        with _reporter(progress, sum(batch.tokens for batch in batches)) as advance:
+            for batch in batches:
+                with _rows_of(model, batch, device) as rows, collector.run(rows):
+                    model(**{name: value.to(device) for name, value in batch.inputs.items()})
+                advance("tokens", batch.tokens)
+    finally:
+        model.train(was_training)
+    layers: dict[str, InputStatistics] = {}
+    for names, statistics in collector.results():
+        layers.update(dict.fromkeys(names, statistics))
+    layers.update({name: unseen(in_features(m)) for name, m in modules.items() if name not in layers})
+    return Statistics(layers, describe(tokens, full))
+
+
+@contextmanager
+def _rows_of(model: Any, batch: Batch, device: torch.device) -> Iterator[Callable[[str], Rows]]:
+    """Which rows are tokens, by the name of the layer: the encoder's, or those of the decoder, which reads its output."""
+    encoded: list[Tensor] = []
+
+    def rows(name: str) -> Rows:
+        encoder, own = batch.masks_for(name)
+        return Rows(own.to(device), None if encoder is None else encoder.to(device), [own, *encoded])
+
+    if batch.encoder_mask is None:
+        yield rows
+        return
+    handle = model.get_encoder().register_forward_hook(lambda module, args, output: encoded.append(output[0]))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _reporter(progress: bool | Advance, total: int) -> Iterator[Advance]:
+    if callable(progress):
+        yield progress
+    elif progress:
+        from loftq.report.progress import bar
+
+        with bar(total, "calibrating", "tokens") as advance:
+            yield advance
+    else:
+        yield lambda name, amount: None

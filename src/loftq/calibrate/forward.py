@@ -1,0 +1,375 @@
+"""What every layer's inputs are on a calibration text, with one block of the model in memory at a time.
+
+The model's own ``forward`` runs once a batch and stops in front of every block (an element of a ``ModuleList``, such as a
+decoder layer). Then the block's weights are read, the block runs for every batch, and its weights are freed. Whatever the
+architecture computes between blocks is its own code; nothing here knows it.
+
+With ``propagate=True`` there are two passes side by side: one of the full-precision model, whose inputs are x̂, and one
+in which every layer is replaced by what has been made of it, whose inputs are x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.calibrate.batches import Batch, make_batches
+from loftq.calibrate.blocks import Weights, build, find_blocks, head_name, return_memory
+from loftq.calibrate.calls import copied, tensors_of
+from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
+from loftq.calibrate.experts import ExpertCollector, check_experts
+from loftq.calibrate.groups import Group
+from loftq.calibrate.moments import Moment, Rows, combine, unseen
+from loftq.calibrate.spill import Spill, reachable_storages
+from loftq.calibrate.text import CalibrationTokens
+from loftq.calibrate.trace import Collector, Trace, check_targets, grouped, in_features, watching
+from loftq.checkpoint.source import Source
+from loftq.config import positive_int
+from loftq.errors import ConfigError, SourceError
+from loftq.solver.importance import InputStatistics
+
+Advance = Callable[[str, int], None]
+
+
+class _Reached(BaseException):
+    """The inputs that were asked for have been seen; the rest of the block need not run."""
+
+
+class StreamedForward:
+    """Forward passes over a calibration text that hold one block of the model. A context manager.
+
+    Args:
+        source: the model.
+        targets: names of linear layers whose inputs are wanted.
+        tokens: the text.
+        propagate: run a second pass behind the layers given to :meth:`replace`. A block that is called several times in
+            one forward pass (ALBERT) is then calibrated on its first call.
+        full: E[x xᵀ] as a matrix, or its diagonal only, in which case there is no drift.
+        batch_tokens: windows are run together up to this many tokens.
+        spill_bytes: activations that wait beyond this many bytes are written to a temporary folder.
+        dtype: in which the model runs, float32 or float64.
+        experts: names of parameters with all experts of a layer (``….experts.gate_up_proj``, ``….experts.down_proj``),
+            whose inputs are wanted as well. Their groups come after the other layers of the block; not with ``propagate``.
+        min_tokens: an expert with fewer inputs gets the statistics of all; by default a quarter of its input's length.
+        progress: called with a block's name and the number of tokens that have passed it; :attr:`work` in total.
+
+    Raises:
+        SourceError: the model takes no text or lacks weights, or inputs are not finite.
+        ConfigError: a target that is no linear layer, or windows beyond the model's positions.
+        OutputError: no room for what is spilled.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        targets: Collection[str],
+        tokens: CalibrationTokens,
+        *,
+        propagate: bool = False,
+        full: bool = True,
+        batch_tokens: int = 2048,
+        spill_bytes: int = 2_000_000_000,
+        dtype: torch.dtype = torch.float32,
+        experts: Collection[str] = (),
+        min_tokens: int | None = None,
+        progress: Advance = lambda name, tokens: None,
+    ) -> None:
+        positive_int("batch_tokens", batch_tokens)
+        positive_int("spill_bytes", spill_bytes, 0)
+        self.propagate = propagate
+        self.full = full
+        self.dtype = dtype
+        self.progress = progress
+        self.spilled_bytes = 0
+        self._model = build(source, dtype)
+        self._targets = check_targets(self._model, targets)
+        self._experts = check_experts(self._model, experts)
+        if propagate and self._experts:
+            raise ConfigError("experts were given with propagate=True, expected one of the two")
+        self._batches = make_batches(self._model, tokens, batch_tokens)
+        self._weights = Weights(source, self._model, dtype)
+        self._blocks = find_blocks(self._model, [*self._targets, *self._experts])
+        self._targets_of = {block: _within(block, self._targets) for block in self._blocks}
+        self._experts_of = {
+            block: ExpertCollector(found, full=full, min_tokens=min_tokens)
+            for block in self._blocks
+            if (found := _within(block, self._experts))
+        }
+        self.work = len(self._blocks) * sum(int(b.tokens) for b in self._batches) * (2 if propagate else 1)
+        self._spill = Spill(spill_bytes)
+        self._streams: list[list[Driver]] = []
+        self._replaced: dict[str, Tensor] = {}
+        self._open: set[str] = set()  # the layers that may be replaced now
+        self._shared: set[int] = set()
+        self._loaded: str | None = None
+
+    def __enter__(self) -> StreamedForward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the passes and remove what was spilled."""
+        try:
+            for stream in self._streams:
+                for driver in stream:
+                    driver.stop()  # it unwinds without a look at tensors whose storage may be empty
+        finally:
+            self._streams = []
+            self.spilled_bytes = self._spill.written
+            self._spill.close()
+
+    def groups(self) -> Iterator[Group]:
+        """The targets in forward order, those that share an input together; what was never reached comes last.
+
+        With ``propagate=True`` every layer of a group must be replaced before the next group is asked for.
+        """
+        left = {block for block, targets in self._targets_of.items() if targets or block in self._experts_of}
+        unreached = {**self._targets, **self._experts}
+        self._start()
+        try:
+            while left and (block := self._waiting()) is not None:
+                targets = self._targets_of[block]
+                if (targets or block in self._experts_of) and block not in left:
+                    raise SourceError(
+                        f"{block} runs again after other blocks, expected every block once or several times in a row; "
+                        f"leave its layers out of the calibration"
+                    )
+                left.discard(block)
+                self._load(block)
+                self._replaced = {}
+                for group in self._paired(block, targets) if self.propagate else self._collected(block, targets):
+                    for name in group.names:
+                        unreached.pop(name, None)
+                    yield group
+        finally:
+            self.close()
+        for name, module in unreached.items():
+            if name in self._targets:
+                yield Group((name,), partial(unseen, in_features(module)))
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Give the weight, as the module stores it, that later layers see instead of the original one.
+
+        Raises:
+            ConfigError: for a layer that is not in the current group, or a weight of another shape.
+        """
+        if name not in self._open:
+            raise ConfigError(
+                f"{name} cannot be replaced now, expected a layer of the current group and propagate=True"
+            )
+        original: Any = self._targets[name].weight
+        expected = tuple(original.shape)
+        if tuple(weight.shape) != expected:
+            raise ConfigError(f"{name} was given a weight of shape {tuple(weight.shape)}, expected {expected}")
+        self._replaced[name] = weight.detach().to(self.dtype)
+
+    # --- the passes
+
+    def _start(self) -> None:
+        head = head_name(self._model, self._targets)
+        skipped = [*self._blocks, *([head] if head else [])]
+        self._weights.load(self._weights.outside(skipped))
+        if head:
+            self._model.get_submodule(head).forward = _stop
+        for block in self._blocks:
+            module = self._model.get_submodule(block)
+            module.forward = partial(self._suspend, block, module.forward)
+        for _ in range(2 if self.propagate else 1):
+            stream = [Driver(partial(self._model, **batch.inputs)) for batch in self._batches]
+            offset = len(stream) * len(self._streams)
+            self._streams.append(stream)
+            start_all(stream, lambda position, offset=offset: self._hold(offset + position))  # type: ignore[misc]
+
+    @staticmethod
+    def _suspend(block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        driver = current_driver()
+        if driver is None:
+            return forward(*args, **kwargs)
+        call = Call(block, args, kwargs)
+        del args, kwargs
+        return driver.suspend(call)
+
+    def _waiting(self) -> str | None:
+        """The block in front of which the first unfinished pass waits."""
+        return next((d.call.block for stream in self._streams for d in stream if d.call is not None), None)
+
+    def _hold(self, position: int) -> None:
+        driver = self._driver(position)
+        tensors: list[Tensor] = []
+        if driver.call is not None:
+            rows = self._batches[position % len(self._batches)].rows
+            if position == 0:  # the walk takes milliseconds, and what a model caches it has cached by then
+                self._shared = reachable_storages(self._model)
+            tensors = [t for t in tensors_of(driver.call) if t.dim() > 1 and t.shape[0] == rows]
+            tensors = [t for t in tensors if t.untyped_storage()._cdata not in self._shared]
+        self._spill.suspend(position, tensors)
+
+    def _driver(self, position: int) -> Driver:
+        return self._streams[position // len(self._batches)][position % len(self._batches)]
+
+    @contextmanager
+    def _held(self, position: int) -> Iterator[Driver]:
+        """A pass whose tensors are in memory."""
+        self._spill.restore(position)
+        yield self._driver(position)
+        self._hold(position)
+
+    def _load(self, block: str) -> None:
+        if self._loaded == block:
+            return
+        if self._loaded is not None:
+            self._weights.unload(self._weights.under([self._loaded]))
+        self._weights.load(self._weights.under([block]))
+        self._loaded = block
+
+    # --- one block
+
+    def _rows(self, batch: Batch, call: Call) -> Rows:
+        encoder, main = batch.masks_for(call.block)
+        return Rows(main, encoder, tensors_of(call))
+
+    @torch.no_grad()
+    def _run(self, call: Call) -> Any:
+        return self._model.get_submodule(call.block)(*call.args, **call.kwargs)
+
+    def _pass(self, block: str, stream: int, collectors: Sequence[Collector | ExpertCollector] = ()) -> None:
+        """Run the block for every batch that waits in front of it."""
+        for index, batch in enumerate(self._batches):
+            position = stream * len(self._batches) + index
+            driver = self._driver(position)
+            if driver.call is None or driver.call.block != block:
+                continue
+            with self._held(position):
+                with ExitStack() as stack:
+                    rows = self._rows(batch, driver.call)
+                    for collector in collectors:
+                        stack.enter_context(collector.run(rows))
+                    output = self._run(driver.call)
+                del rows
+                driver.resume(output)
+                del output
+            self.progress(block, batch.tokens)
+
+    def _collected(self, block: str, targets: dict[str, nn.Module]) -> Iterator[Group]:
+        collector, experts = Collector(targets, full=self.full), self._experts_of.get(block)
+        collectors: list[Collector | ExpertCollector] = [collector]
+        if experts is not None:
+            collectors.append(experts)
+        while self._waiting() == block:
+            self._pass(block, 0, collectors)
+        for names, statistics in collector.results():
+            yield Group(names, partial(_identity, statistics))
+        for name, (together, each) in experts.results().items() if experts is not None else ():
+            yield Group((name,), partial(_identity, together), each)
+
+    def _paired(self, block: str, targets: dict[str, nn.Module]) -> Iterator[Group]:
+        if targets:
+            for names, calls in self._structure(block, targets):
+                self._open = set(names)
+                group = Group(names, partial(self._compare, block, names, calls))
+                yield group
+                missing = [n for n in names if n not in self._replaced]
+                if missing:
+                    raise ConfigError(f"{missing[0]} was not replaced, expected replace() for every layer of its group")
+                group._compute = _too_late
+        self._open = set()
+        while self._waiting() == block:
+            self._pass(block, 0)
+            with self._replacements():
+                self._pass(block, 1)
+
+    def _structure(self, block: str, targets: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], int | None]]:
+        """Groups of targets in the order of their first call, and how often they are called, as the first batch shows.
+
+        A target that the first batch does not call is a group of its own, with an unknown number of calls.
+        """
+        index = next(i for i, d in enumerate(self._streams[0]) if d.call is not None and d.call.block == block)
+        trace = Trace()
+        with self._held(index) as driver, watching(targets, lambda name, x: _ignore(trace.enter(name, x))):
+            assert driver.call is not None
+            self._run(copied(driver.call, self._batches[index].rows))
+        known: list[tuple[tuple[str, ...], int | None]] = []
+        known += [(names, len(trace.slots[names[0]])) for names in grouped(trace.slots)]
+        return known + [((name,), None) for name in targets if name not in trace.slots]
+
+    def _compare(self, block: str, names: tuple[str, ...], calls: int | None) -> InputStatistics:
+        """E[x xᵀ] and E[(x̂ - x) xᵀ] of one group, from a run of the block up to it in either pass."""
+        name = names[0]
+        moment = Moment(in_features(self._targets[name]), full=self.full, drift=self.full)
+        for index, batch in enumerate(self._batches):
+            original = self._inputs(block, 0, index, batch, name, calls)
+            with self._replacements():
+                got = self._inputs(block, 1, index, batch, name, calls)
+            for position, (rows, weight, placed) in enumerate(got):
+                twin = original[position][0] if position < len(original) else None
+                # routed rows cannot be matched: another choice of expert brings other tokens
+                comparable = placed and twin is not None and twin.shape == rows.shape
+                moment.add(name, rows, weight, twin if comparable else None)
+        result = combine([moment])
+        del moment
+        return_memory()
+        return result
+
+    def _inputs(
+        self, block: str, stream: int, index: int, batch: Batch, name: str, calls: int | None
+    ) -> list[tuple[Tensor, int, bool]]:
+        found: list[tuple[Tensor, int, bool]] = []
+        with self._held(stream * len(self._batches) + index) as driver:
+            if driver.call is None or driver.call.block != block:
+                return found
+            call = copied(driver.call, batch.rows)
+            rows = self._rows(batch, call)
+
+            def seen(_: str, x: Tensor) -> None:
+                selected, weight, placed = rows.select(x)
+                found.append((selected.clone(), weight, placed))
+                if len(found) == calls:
+                    raise _Reached
+
+            try:
+                with watching({name: self._targets[name]}, seen):
+                    self._run(call)
+            except _Reached:
+                pass
+        return found
+
+    @contextmanager
+    def _replacements(self) -> Iterator[None]:
+        originals = {name: self._targets[name]._parameters["weight"] for name in self._replaced}
+        try:
+            for name, weight in self._replaced.items():
+                self._targets[name]._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            yield
+        finally:
+            for name, original in originals.items():
+                self._targets[name]._parameters["weight"] = original
+
+
+def _within(block: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {n: m for n, m in modules.items() if n == block or n.startswith(f"{block}.")}
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise Stop
+
+
+def _ignore(value: object) -> None:
+    return None
+
+
+def _identity(value: InputStatistics) -> InputStatistics:
+    return value
+
+
+def _too_late() -> InputStatistics:
+    raise ConfigError("the statistics of a group were asked for after it was replaced, expected the other order")

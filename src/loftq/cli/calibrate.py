@@ -1,0 +1,47 @@
+"""``loftq calibrate``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq.cli import parse
+from loftq.cli.quiet import quiet_transformers
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write the statistics to.")],
+    calibration: Annotated[
+        str, typer.Option(help="UTF-8 or JSONL file, hub dataset, pydoc, self, or FILE.safetensors:KEY with token ids.")
+    ] = "pydoc",
+    samples: Annotated[int, typer.Option("--calibration-samples", help="Windows of text.")] = 32,
+    length: Annotated[int, typer.Option("--calibration-length", help="Tokens of a window.")] = 512,
+    gradients: Annotated[
+        bool, typer.Option(help="The gradients in the layers' outputs as well, for loftq-data and lq-lora.")
+    ] = True,
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="E[x²] only, instead of E[x xᵀ].")] = False,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of text that the model writes itself.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Collect the statistics of every layer's inputs once, for `loftq quantize --statistics` and `loftq plan`."""
+    quiet_transformers()
+    from loftq.calibrate.choose import collect_statistics
+    from loftq.config import LoftQConfig
+
+    targets = parse.module_patterns(["all-linear"] if target_modules is None else target_modules) or ()
+    config = LoftQConfig(
+        target_modules=targets,
+        calibration=calibration,
+        calibration_samples=samples,
+        calibration_length=length,
+        seed=seed,
+    )
+    statistics = collect_statistics(model, config, full=not diagonal, gradients=gradients and not diagonal, revision=revision)
+    statistics.save(out)
+    typer.echo(f"statistics of the inputs of {len(statistics)} layers in {out}")

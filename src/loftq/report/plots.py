@@ -1,0 +1,281 @@
+"""Pictures of a comparison: perplexity, divergence and errors against measured bits per weight, and errors layer by layer.
+
+Sixteen methods are too many for colours alone: every method has a colour and a line style of its own, and its name stands
+at the end of its line, moved apart from its neighbours. matplotlib is an optional dependency (``loftq[plot]``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loftq.errors import ConfigError
+from loftq.report.cells import RESULTS, read_layers, read_rows
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; black is for this project's own method.
+_COLOURS = {
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "blue": "#0072B2",
+    "red": "#D55E00",
+    "pink": "#CC79A7",
+}
+_STYLES = {
+    "loftq-data": ("black", "-", "o"),
+    "auto": ("black", "--", "s"),
+    "loftq": (_COLOURS["blue"], "-", "o"),
+    "loftq-svd-first": (_COLOURS["blue"], ":", "v"),
+    "loftq-principal": (_COLOURS["blue"], "--", "s"),
+    "qlora": (_COLOURS["orange"], "-", "o"),
+    "rtn": (_COLOURS["orange"], ":", "v"),
+    "gptq": (_COLOURS["orange"], "--", "s"),
+    "pissa": (_COLOURS["pink"], "--", "s"),
+    "qpissa": (_COLOURS["pink"], "-", "o"),
+    "lqer": (_COLOURS["green"], ":", "v"),
+    "qera-approx": (_COLOURS["green"], "--", "s"),
+    "qera": (_COLOURS["green"], "-", "o"),
+    "cloq": (_COLOURS["red"], "-", "o"),
+    "caldera": (_COLOURS["red"], "--", "s"),
+    "lq-lora": (_COLOURS["sky"], "-", "o"),
+    "srr": (_COLOURS["sky"], "--", "s"),
+}
+_OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *_COLOURS.values())]
+_OWN = ("loftq-data", "auto")
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+class _Line(NamedTuple):
+    name: str
+    x: list[float]
+    y: list[float]
+
+
+def require_matplotlib() -> None:
+    """A :class:`ConfigError` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib, which is not installed; pip install 'loftq[plot]'")
+
+
+def plot_comparison(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, title: str = "") -> list[Path]:
+    """Every picture that the rows of a ``compare.json`` have numbers for; returns the files.
+
+    Raises:
+        ConfigError: without matplotlib.
+    """
+    require_matplotlib()
+    rows = [row for row in rows if not row.get("error")]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    baseline = next((row for row in rows if row["method"] == "float"), {})
+    pictures = (
+        ("perplexity", "perplexity before fine-tuning", baseline.get("perplexity")),
+        ("kl", "KL divergence from full precision, nats per token", None),
+        ("output_error", "output error ‖(W − Q − L) H^½‖² / ‖W H^½‖²", None),
+        ("weight_error", "weight error ‖W − Q − L‖² / ‖W‖²", None),
+    )
+    written = []
+    for key, label, level in pictures:
+        squared = key.endswith("error")
+        lines = _lines(rows, key, 2 if squared else 1)
+        if lines:
+            path = folder / f"{key}.png"
+            _draw_against_bits(lines, path, label, title, level, limit=key == "weight_error")
+            written.append(path)
+    return written
+
+
+def plot_folder(folder: str | Path, pictures: str | Path, *, title: str = "") -> list[Path]:
+    """:func:`plot_comparison` of a folder that ``loftq compare`` has written, and its errors by layer for every bits."""
+    folder, pictures = Path(folder), Path(pictures)
+    rows = [row for row in read_rows(folder / RESULTS) if not row.get("error")]
+    written = plot_comparison(rows, pictures, title=title)
+    for bits in dict.fromkeys(row["bits"] for row in rows if row["method"] != "float"):
+        for key in ("output_error", "weight_error"):
+            errors = {
+                row["method"]: {m["name"]: m[key] for m in read_layers(folder, row["method"], bits) if m[key]}
+                for row in rows
+                if row["bits"] == bits
+            }
+            if any(_LAYER.search(name) for modules in errors.values() for name in modules):
+                label = f"{key.replace('_', ' ')}, mean over the layer"
+                path = pictures / f"layers_{key}_{bits:g}.png"
+                written.append(
+                    plot_layers(errors, path, label=label, title=f"{title}{', ' if title else ''}{bits:g} bits")
+                )
+    return written
+
+
+def plot_layers(
+    errors: Mapping[str, Mapping[str, float]], path: str | Path, *, label: str = "output error", title: str = ""
+) -> Path:
+    """Mean error of every layer (transformer block), one line a method.
+
+    Args:
+        errors: method -> module name -> error. Modules outside the layers are left out.
+        path: the PNG file to write. label: of the vertical axis.
+
+    Raises:
+        ConfigError: without matplotlib, or if no module belongs to a layer.
+    """
+    require_matplotlib()
+    lines = []
+    for method, modules in errors.items():
+        layers: dict[int, list[float]] = {}
+        for name, value in modules.items():
+            match = _LAYER.search(name)
+            if match:
+                layers.setdefault(int(match[1]), []).append(value)
+        if layers:
+            order = sorted(layers)
+            lines.append(_Line(method, [float(k) for k in order], [sum(layers[k]) / len(layers[k]) for k in order]))
+    if not lines:
+        raise ConfigError(
+            "no module has the number of a layer in its name, expected names such as model.layers.0.q_proj"
+        )
+    return _draw(lines, Path(path), "layer", label, title)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], key: str, power: int) -> list[_Line]:
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "float"):
+        points = sorted(
+            (row["bpw"], row[key] ** power)
+            for row in rows
+            if row["method"] == method
+            and row.get(key)
+            and row.get("bpw")  # neither missing nor 0, which has no logarithm
+        )
+        if points:
+            lines.append(_Line(method, [x for x, _ in points], [y for _, y in points]))
+    return lines
+
+
+def _draw_against_bits(
+    lines: list[_Line], path: Path, label: str, title: str, level: float | None, limit: bool
+) -> Path:
+    extra = None
+    if limit:
+        # rate-distortion function of a Gaussian source: no code of R bits a weight has a smaller mean squared error
+        ends = [min(x for line in lines for x in line.x), max(x for line in lines for x in line.x)]
+        extra = _Line("no code of Gaussian weights\ngets below 2^(−2R)", ends, [2.0 ** (-2 * x) for x in ends])
+    return _draw(lines, path, "measured bits per weight, adapters apart", label, title, level, extra)
+
+
+def _draw(
+    lines: list[_Line],
+    path: Path,
+    x_label: str,
+    y_label: str,
+    title: str,
+    level: float | None = None,
+    limit: _Line | None = None,
+) -> Path:
+    from matplotlib.figure import Figure
+
+    height = max(4.2, 0.24 * (len(lines) + 2) + 1.2)
+    figure = Figure(figsize=(8.2, height), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    others = iter(_OTHERS * 3)
+    ends: list[tuple[float, float, str, Any]] = []
+    for line in sorted(lines, key=lambda line: line.name in _OWN):  # this project's on top
+        colour, style, marker = _STYLES.get(line.name) or next(others)
+        many = len(line.x) > 12
+        width = 2.2 if line.name in _OWN else 1.4
+        axes.plot(
+            line.x,
+            line.y,
+            color=colour,
+            linestyle=style,
+            marker=None if many else marker,
+            markersize=4,
+            linewidth=width,
+        )
+        ends.append((line.x[-1], line.y[-1], line.name, colour))
+    if limit is not None:
+        axes.plot(limit.x, limit.y, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
+        ends.append((limit.x[-1], limit.y[-1], limit.name, "#666666"))
+    if level is not None:
+        axes.axhline(level, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
+        ends.append((max(e[0] for e in ends), level, "full precision", "#666666"))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if title:
+        axes.set_title(title, loc="left", fontsize=10)
+    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    _plain_ticks(axes)
+    _label_ends(axes, ends)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial)
+    partial.replace(path)
+    return path
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Numbers as people write them: 20 and 3000 rather than powers of ten, unless there are too many decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    if high / low < 300:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if low > 1e-4 and high < 1e5:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
+    """The lines' names to the right of the axes at the heights where they end, moved apart where they would overlap."""
+    import numpy as np
+
+    points = axes.get_window_extent().height * 72 / axes.figure.dpi  # close enough before the layout is final
+    step = 10.5 / (0.9 * points)
+    ordered = sorted(ends, key=lambda end: end[1])
+    low, high = np.log(axes.get_ylim())
+    wanted = np.array([(np.log(y) - low) / (high - low) for _, y, _, _ in ordered])
+    rows = np.array([1 + text.count("\n") for _, _, text, _ in ordered])
+    heights = _apart(wanted, step * rows)
+    for (x, y, text, colour), place in zip(ordered, heights, strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(1.06, place),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            fontweight="bold" if text in _OWN else "normal",
+            verticalalignment="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),  # from the middle of the name's left edge, so that no line crosses a name
+            },
+        )
+
+
+def _apart(wanted: Any, sizes: Any) -> Any:
+    """Heights from 0 to 1 in ascending order, each apart from the next by the mean of their sizes, close to ``wanted``.
+
+    Neighbours that overlap become one group, centred where its members want to be (isotonic regression by pooling).
+    """
+    import numpy as np
+
+    offsets = np.concatenate([[0.0], np.cumsum((sizes[:-1] + sizes[1:]) / 2)])
+    groups: list[list[float]] = []  # sum of what its members want, and their number
+    for value in wanted - offsets:
+        groups.append([float(value), 1.0])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += count
+    means = np.concatenate([np.full(int(count), total / count) for total, count in groups])
+    return np.clip(means, sizes[0] / 2, max(sizes[0] / 2, 1 - sizes[-1] / 2 - offsets[-1])) + offsets

@@ -1,0 +1,242 @@
+"""What a layer's inputs say about which errors of its weight matter.
+
+With inputs x the layer's output error is ``E|(W - M) x|^2 = tr((W - M) H (W - M)^T)``, ``H = E[x x^T]``: errors in
+directions that the inputs use count, the others do not. The solver minimises it blended with the plain error,
+
+    H_λ = (1 - λ) H d / tr(H) + λ I,        λ = 1: the weight error of LoftQ
+
+so that a second moment estimated from few tokens, or a singular one, never leaves a direction without weight.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from loftq.errors import WeightError
+
+# Added to every H, as a share of its mean diagonal: what float32 resolves. Keeps the factor of a singular H finite.
+_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Statistics of the inputs x (in,) of one layer over the calibration text, padding left out.
+
+    Attributes:
+        second_moment: H = E[x xᵀ] (in, in), or its diagonal (in,); float32.
+        mean_abs: E|x| (in,), for LQER.
+        tokens: how many inputs were seen; 0 for a layer that was never reached.
+        drift: E[(x̂ - x) xᵀ] (in, in), where x is the input that the layer gets behind quantized layers and x̂ the one it
+            gets in the full-precision model. ``None`` where x is the full-precision model's own.
+        fisher_rows, fisher_columns: (out,) and (in,) means over the other dimension of the square root of the diagonal
+            Fisher information, E[(∂loss/∂W)²]^½, for LQ-LoRA.
+        output_moment: G = E[g gᵀ] (out, out), g the gradient of the model's loss in the layer's outputs: which directions
+            of the output the model listens to. Unlike the rest it belongs to one layer, not to all that share the input.
+    """
+
+    second_moment: Tensor
+    mean_abs: Tensor | None = None
+    tokens: int = 1
+    drift: Tensor | None = None
+    fisher_rows: Tensor | None = None
+    fisher_columns: Tensor | None = None
+    output_moment: Tensor | None = None
+    # factors by (kind, λ): the layers that share an input share this object, and so the factorisation
+    _metrics: dict[tuple[str, float], Metric] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """E[x²] (in,)."""
+        return self.second_moment if self.second_moment.dim() == 1 else self.second_moment.diagonal()
+
+    @property
+    def informative(self) -> bool:
+        """Whether any input was seen and not all of them were zero."""
+        return self.tokens > 0 and float(self.diagonal.sum()) > 0
+
+    def check(self, in_features: int) -> None:
+        """Refuse statistics that do not belong to a layer.
+
+        Raises:
+            WeightError: for another width, or NaN, infinite or negative moments.
+        """
+        shape = tuple(self.second_moment.shape)
+        if shape not in ((in_features,), (in_features, in_features)):
+            raise WeightError(
+                f"the inputs' second moment has shape {shape}, expected {(in_features, in_features)} or {(in_features,)}; "
+                f"calibrate on the model that is quantized"
+            )
+        if not torch.isfinite(self.second_moment).all() or bool((self.diagonal < 0).any()):
+            raise WeightError(
+                "the inputs' second moment has NaN, infinite or negative elements, expected E[x xᵀ]; calibrate again"
+            )
+
+    def metric(self, kind: str, damping: float, row_damping: float | None = None) -> Metric:
+        """The metric of that kind; see :class:`Metric`. What concerns inputs is computed once for all that share them.
+
+        Args:
+            kind: ``mean-abs``, ``diagonal``, ``full`` or ``fisher``.
+            damping: λ.
+            row_damping: γ of ``G_γ = (1 - γ) G n / tr(G) + γ I``; ``None`` leaves G out.
+        """
+        if kind == "fisher":
+            return _fisher(self)
+        with self._lock:
+            if (kind, damping) not in self._metrics:
+                self._metrics[kind, damping] = _metric(self, kind, damping)
+            metric = self._metrics[kind, damping]
+        if self.output_moment is None or row_damping is None:
+            return metric
+        return _with_rows(metric, self.output_moment, row_damping)
+
+    def of_layer(
+        self,
+        *,
+        output_moment: Tensor | None = None,
+        fisher_rows: Tensor | None = None,
+        fisher_columns: Tensor | None = None,
+    ) -> InputStatistics:
+        """The same inputs, with what is known of one layer's gradients; factors of the inputs stay shared."""
+        found = replace(self, output_moment=output_moment, fisher_rows=fisher_rows, fisher_columns=fisher_columns)
+        object.__setattr__(found, "_metrics", self._metrics)
+        object.__setattr__(found, "_lock", self._lock)
+        return found
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A norm |E P| of weight errors E (out, in), with ``H_λ = P Pᵀ``.
+
+    Attributes:
+        hessian: H_λ (in, in) of mean diagonal 1, or its diagonal (in,), or ``None`` for the identity.
+        order: (in,) columns by falling H_λ,jj, the order in which error feedback rounds them.
+        factor: P (in, in), upper triangular, of ``H_λ[order][:, order]``; or its diagonal (in,).
+        inverse: P⁻¹, so that ``H_λ⁻¹ = P⁻ᵀ P⁻¹``: its rows are what error feedback passes on.
+        rows: (out,) what the error of each row counts, or ``None``.
+        row_hessian: G_γ (out, out) of mean diagonal 1, or ``None`` for the identity; then the norm is ``|R E P|``.
+        row_factor, row_inverse: R (out, out), upper triangular, with ``G_γ = Rᵀ R``, and R⁻¹.
+        drift: ``D H_λ⁻¹ (1 - λ) d / tr(H)`` (in, in): with it ``W + W drift`` is what the layer should multiply its
+            drifted inputs with, the minimiser of ``(1 - λ) d / tr(H) E|W x̂ - M x|² + λ |W - M|²``.
+    """
+
+    hessian: Tensor | None = None
+    order: Tensor | None = None
+    factor: Tensor | None = None
+    inverse: Tensor | None = None
+    rows: Tensor | None = None
+    drift: Tensor | None = None
+    row_hessian: Tensor | None = None
+    row_factor: Tensor | None = None
+    row_inverse: Tensor | None = None
+
+    @property
+    def columns(self) -> Tensor | None:
+        """H_λ,jj (in,): what the error of each column counts by itself."""
+        if self.hessian is None or self.hessian.dim() == 1:
+            return self.hessian
+        return self.hessian.diagonal().contiguous()
+
+    @property
+    def conditional(self) -> Tensor | None:
+        """P_jj² (in,): what the rounding error of a column costs when the columns after it make up for it."""
+        if self.factor is None or self.order is None:
+            return None if self.hessian is None else self.hessian
+        return torch.empty_like(self.factor[0]).scatter_(0, self.order, self.factor.diagonal().square())
+
+    def whiten(self, error: Tensor) -> Tensor:
+        """R E P."""
+        if self.rows is not None:
+            error = error * self.rows[:, None]
+        if self.row_factor is not None:
+            error = self.row_factor @ error
+        if self.factor is None:
+            return error
+        if self.order is None:
+            return error * self.factor
+        return error[:, self.order] @ self.factor
+
+    def unwhiten_columns(self, right: Tensor) -> Tensor:
+        """(r, in) R P⁻¹."""
+        if self.inverse is None:
+            return right
+        if self.order is None:
+            return right * self.inverse
+        return torch.empty_like(right).index_copy_(1, self.order, right @ self.inverse)
+
+    def unwhiten_rows(self, left: Tensor) -> Tensor:
+        """(out, r) R⁻¹ L."""
+        if self.row_inverse is not None:
+            return self.row_inverse @ left
+        return left if self.rows is None else left / self.rows[:, None]
+
+
+def _metric(statistics: InputStatistics, kind: str, damping: float) -> Metric:
+    if kind == "mean-abs":
+        assert statistics.mean_abs is not None
+        return _diagonal(statistics.mean_abs.float().square(), damping)
+    moment = statistics.second_moment.float()
+    if kind == "diagonal" or moment.dim() == 1:
+        return _diagonal(moment if moment.dim() == 1 else moment.diagonal(), damping)
+    return _full(moment, statistics.drift, damping)
+
+
+def _blend(moment: Tensor, damping: float, eye: Tensor | float) -> Tensor:
+    mean = moment.mean() if moment.dim() == 1 else moment.diagonal().mean()
+    return moment * ((1 - damping) / mean) + eye * (damping + _FLOOR * (1 - damping))
+
+
+def _diagonal(moment: Tensor, damping: float) -> Metric:
+    hessian = _blend(moment, damping, 1.0)
+    return Metric(hessian=hessian, factor=hessian.sqrt(), inverse=hessian.rsqrt())
+
+
+def _fisher(statistics: InputStatistics) -> Metric:
+    assert statistics.fisher_rows is not None
+    assert statistics.fisher_columns is not None
+    rows, columns = statistics.fisher_rows.float(), statistics.fisher_columns.float()
+    rows, columns = (v / v.mean() + _FLOOR for v in (rows, columns))
+    return Metric(hessian=columns.square(), factor=columns, inverse=1 / columns, rows=rows)
+
+
+def _full(moment: Tensor, drift: Tensor | None, damping: float) -> Metric:
+    n = moment.shape[0]
+    eye = torch.eye(n, dtype=torch.float64, device=moment.device)
+    hessian = _blend(moment.double(), damping, eye)
+    hessian = (hessian + hessian.T) / 2
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    # An upper factor P of H is the lower one of H with rows and columns reversed. One factor serves everything: P whitens,
+    # P⁻¹ unwhitens, and the rows of P⁻¹ are GPTQ's.
+    reversed_ = order.flip(0)
+    lower, failed = torch.linalg.cholesky_ex(hessian[reversed_][:, reversed_])
+    if int(failed) > 0:  # float32 moments may be indefinite by more than the floor
+        lowest = torch.linalg.eigvalsh(hessian)[0]
+        hessian = hessian + eye * (_FLOOR + 2 * lowest.abs())
+        lower = torch.linalg.cholesky(hessian[reversed_][:, reversed_])
+    factor = lower.flip(0, 1)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+    target = None
+    if drift is not None:
+        scaled = drift.double() * ((1 - damping) / moment.diagonal().double().mean())
+        target = torch.empty_like(scaled)
+        target[:, order] = scaled[:, order] @ inverse.T @ inverse
+        target = target.float()
+    parts = (t.float().contiguous() for t in (hessian, factor, inverse))
+    hessian, factor, inverse = parts
+    return Metric(hessian=hessian, order=order, factor=factor, inverse=inverse, drift=target)
+
+
+def _with_rows(metric: Metric, moment: Tensor, damping: float) -> Metric:
+    eye = torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
+    if float(moment.diagonal().sum()) <= 0:
+        return metric
+    hessian = _blend(moment.double(), damping, eye)
+    lower = torch.linalg.cholesky((hessian + hessian.T) / 2)
+    inverse = torch.linalg.solve_triangular(lower.T, eye, upper=True)
+    return replace(
+        metric, row_hessian=hessian.float(), row_factor=lower.T.contiguous().float(), row_inverse=inverse.float()
+    )

@@ -1,0 +1,70 @@
+"""Streamed gradients are those of the whole model in memory, computed here with autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import loftq
+from loftq.calibrate.backward import StreamedGradients
+from loftq.calibrate.text import CalibrationTokens
+from loftq.checkpoint.source import open_source
+from loftq.modules.linear import is_transposed
+from loftq.plan.targets import plan_modules
+from tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "opt"])
+def test_equals_autograd_on_the_whole_model(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    targets = list(plan_modules(model, loftq.LoftQConfig()))
+    ids = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(12) < torch.tensor([12, 5, 9])[:, None]
+    tokens = CalibrationTokens.of(ids, mask, "random")
+    with StreamedGradients(
+        open_source(tmp_path), targets, tokens, fisher=True, seed=7, dtype=torch.float64, batch_tokens=12
+    ) as backward:
+        got = {n: g.statistics() for g in backward.groups() for n in g.names}
+
+    model = model.double().requires_grad_(True)
+    squares = dict.fromkeys(targets, 0)
+    inputs: dict[str, list] = {t: [] for t in targets}
+    outputs: dict[str, list] = {t: [] for t in targets}
+
+    def keep(module, args, output, t):
+        inputs[t].append(args[0].detach().reshape(-1, args[0].shape[-1]))
+        output.register_hook(lambda g: outputs[t].append(g.reshape(-1, g.shape[-1])))
+
+    for t in targets:
+        model.get_submodule(t).register_forward_hook(lambda m, a, o, t=t: keep(m, a, o, t))
+    for index in range(3):
+        model.zero_grad()
+        logits = model(input_ids=ids[index][mask[index]][None]).logits[0]
+        with torch.no_grad():  # a token drawn from each distribution, by the inverse of its cumulative function
+            cumulated = logits.float().softmax(-1).cumsum(-1)
+            generator = torch.Generator().manual_seed(7 * 1_000_003 + index)
+            uniform = torch.rand(len(cumulated), 1, generator=generator) * cumulated[:, -1:]
+            drawn = (cumulated < uniform).sum(1).clamp(max=95)
+        torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+        for t in targets:
+            module = model.get_submodule(t)
+            gradient = module.weight.grad.T if is_transposed(module) else module.weight.grad
+            squares[t] = squares[t] + gradient**2
+    for t in targets:
+        x, g = torch.cat(inputs[t]), torch.cat(outputs[t])
+        root = (squares[t] / len(x)).sqrt()
+        errors = {
+            "inputs": relative(got[t].second_moment, x.T @ x / len(x)),
+            "outputs": relative(got[t].output_moment, g.T @ g / len(g)),
+            "rows": relative(got[t].fisher_rows, root.mean(1)),
+            "columns": relative(got[t].fisher_columns, root.mean(0)),
+        }
+        # the loss is in float32, as are the results
+        assert max(errors.values()) < 1e-5, f"{t}: {errors}"
