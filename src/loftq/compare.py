@@ -13,15 +13,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 from torch import nn
 
+from loftq.calibrate.statistics import Statistics
 from loftq.checkpoint.naming import meta_model, model_names
 from loftq.checkpoint.source import Source, open_source, sha256_file
-from loftq.codec.qtensor import storage_layout
-from loftq.config import BITS, LoftQConfig, is_number, positive_int
+from loftq.config import BITS, PUBLISHED, LoftQConfig, is_number, positive_int
 from loftq.errors import ConfigError, LoftQError, first_line
 from loftq.evaluate.divergence import Reference, Score, score
 from loftq.evaluate.models import default_window, load_for_inference
@@ -37,10 +37,10 @@ from loftq.report.progress import bar
 from loftq.report.record import REPORT
 from loftq.solver.methods import method_named
 
-if TYPE_CHECKING:
-    from loftq.calibrate.statistics import Statistics
-
 FLOAT = "float"
+STATISTICS = "statistics.safetensors"
+# Their papers fix the quantizer, and what they are known for depends on it; scales are stored like all others here.
+AS_PUBLISHED = ("qlora", "loftq", "loftq-svd-first")
 PLANNED = (
     "loftq-data",
     "auto",
@@ -53,8 +53,8 @@ class Comparison:
 
     Args:
         model: folder, ``.gguf`` file or hub id. methods: names of :data:`loftq.config.METHODS`.
-        bits: per weight. 2, 3, 4 and 8 are the width of the codes; anything between is a measured average, scales included:
-            the first layers get 4 bits (8 above 4), as many as stay at or below it, and the others the widest that fits.
+        bits: width of the codes; between 2, 3, 4 and 8 their average, as the paper counts its mixed precision: the first
+            layers get 4 bits (8 above 4), as many as keep the average at most that, and the others the next width below.
         rank, block_size, seed: as for :class:`loftq.LoftQConfig`.
         calibration, calibration_samples, calibration_length: the text whose layer inputs define the output error and feed
             the methods that need them.
@@ -112,8 +112,8 @@ class Comparison:
             "calibration_samples": self.calibration_samples,
             "calibration_length": self.calibration_length,
         }
-        if self.refine_tokens:
-            options["refine_tokens"] = self.refine_tokens
+        if method in AS_PUBLISHED:
+            options.update(codebook=PUBLISHED["codebook"], scale=PUBLISHED["scale"])
         if bits in self.plans and method in PLANNED:
             return LoftQConfig(bits=max(b for b in BITS if b <= bits), plan=str(self.plans[bits]), **options)
         if bits in BITS:
@@ -122,27 +122,13 @@ class Comparison:
 
 
 def first_layers(model: nn.Module, bits: float, options: Mapping[str, Any]) -> LoftQConfig:
-    """The config whose first layers have 4 bits (8 above 4), as many as keep the measured average at most ``bits``.
-
-    Raises:
-        ConfigError: if the narrowest width alone takes more, since scales count.
-    """
-    for low in sorted((b for b in BITS if b < bits), reverse=True):
-        chosen = LoftQConfig(bits=low, **options)
-        plans = plan_modules(model, chosen)
-        least = measured_bits(plans)
-        if least <= bits:
-            break
-    else:
-        raise ConfigError(
-            f"{bits} bits are out of reach: with {low} bits and blocks of {chosen.block_size} a weight takes {least:.4f} bits; "
-            f"ask for more, or for {low}"
-        )
+    """The config whose first layers have 4 bits (8 above 4), as many as keep the average width at most ``bits``."""
+    chosen = LoftQConfig(bits=max(b for b in BITS if b < bits), **options)
     high = 4 if bits < 4 else 8
-    for count in range(1, len(plans) + 1):
+    for count in range(1, len(plan_modules(model, chosen)) + 1):
         config = chosen.replace(first_layers_bits=(count, high))
         plans = plan_modules(model, config)
-        if measured_bits(plans) > bits:
+        if average_bits(plans) > bits:
             break
         chosen = config
         if all(plan.spec.bits == high for plan in plans.values()):
@@ -150,10 +136,10 @@ def first_layers(model: nn.Module, bits: float, options: Mapping[str, Any]) -> L
     return chosen
 
 
-def measured_bits(plans: Mapping[str, ModulePlan]) -> float:
-    """Average bits per weight of the bytes that will be stored, adapters apart."""
-    stored = sum(info.nbytes for p in plans.values() for info in storage_layout(p.spec, p.shape).values())
-    return 8 * stored / sum(math.prod(p.shape) for p in plans.values())
+def average_bits(plans: Mapping[str, ModulePlan]) -> float:
+    """Average width of the codes, scales apart."""
+    weights = {name: math.prod(plan.shape) for name, plan in plans.items()}
+    return sum(plans[name].spec.bits * count for name, count in weights.items()) / sum(weights.values())
 
 
 def compare(
@@ -212,7 +198,12 @@ class _Session:
     @property
     def statistics(self) -> Statistics | None:
         if self._statistics is None and self.settings.calibration is not None:
-            self._statistics = float_statistics(self.settings, self.source)
+            path = self.folder / STATISTICS
+            if path.exists():  # the folder's settings have been compared already
+                self._statistics = Statistics.load(path, {f.name: sha256_file(f) for f in self.source.files})
+            else:
+                self._statistics = float_statistics(self.settings, self.source)
+                self._statistics.save(path)
         return self._statistics
 
     def reference(self) -> Reference | None:
@@ -255,9 +246,7 @@ class _Session:
             "command": self.command,
         }
         try:
-            kind = method_named(method)
-            # gradients are another pass through the model, which the method takes by itself
-            shared = self.statistics if kind.needs_inputs and not kind.needs_gradients else None
+            shared = self.statistics if method_named(method).needs_inputs else None
             # an interrupted quantization starts over, so that its seconds are those of a whole one
             resume = (folder / REPORT).exists()
             report = quantize_checkpoint(self.source, folder, config, resume=resume, statistics=shared)
@@ -334,4 +323,5 @@ def float_statistics(settings: Comparison, source: Source) -> Statistics:
         calibration_length=settings.calibration_length,
         seed=settings.seed,
     )
-    return collect_statistics(source, config)
+    head = meta_model(source.config()).get_output_embeddings()
+    return collect_statistics(source, config, gradients=head is not None)

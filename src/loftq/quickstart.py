@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +21,44 @@ from loftq.evaluate.models import default_window, encode, load_for_inference, lo
 from loftq.evaluate.perplexity import perplexity
 from loftq.evaluate.text import BUILTIN, builtin_text
 from loftq.report.progress import bar
+from loftq.report.record import QuantizationReport
 from loftq.report.system import machine, versions
 from loftq.report.tables import number, size
 
 RESULTS = "quickstart.json"
+STATISTICS = "statistics.safetensors"
 KEPT = "loftq-2bit"  # the folder that stays, for the commands printed at the end
 
-# Share of the built-in text before the evaluated slice begins; what lies before it is free for calibration.
+# Share of the built-in text before the evaluated slice begins; calibration and refinement use less than 0.55 of it.
 _SLICE_BEGINS = 0.6
+
+
+# What calibration and refinement read of the built-in text, in windows of 512 tokens; both stay below 0.55 of it.
+_CALIBRATION = ("--calibration", BUILTIN, "--calibration-samples", "16")
+_REFINEMENT = ("--text", BUILTIN, "--samples", "12", "--epochs", "1", "--stages", "model")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: a label, the folder's name and the options of ``loftq quantize``."""
+    """One row: a label, the folder's name and the options of ``loftq quantize``; ``data`` adds the statistics."""
 
     label: str
     folder: str
     options: tuple[str, ...]
+    data: bool = False
 
 
 VARIANTS = (
     Variant("QLoRA, 2 bits", "qlora-2bit", ("--bits", "2", "--method", "qlora", "--published")),
-    Variant("LoftQ as published, 2 bits", "published-2bit", ("--bits", "2", "--published", "--iters", "5")),
-    Variant("loftq, 2 bits", KEPT, ("--bits", "2")),
-    Variant("loftq, 3 bits", "loftq-3bit", ("--bits", "3")),
-    Variant("loftq, 4 bits", "loftq-4bit", ("--bits", "4")),
+    Variant(
+        "LoftQ as published, 2 bits",
+        "published-2bit",
+        ("--bits", "2", "--method", "loftq", "--published", "--iters", "5"),
+    ),
+    Variant("loftq without calibration, 2 bits", "weight-only-2bit", ("--bits", "2", "--no-calibration")),
+    Variant("loftq-data, 2 bits", KEPT, ("--bits", "2", "--iters", "3"), data=True),
+    Variant("loftq-data, 3 bits", "loftq-3bit", ("--bits", "3", "--iters", "3"), data=True),
+    Variant("loftq-data, 4 bits", "loftq-4bit", ("--bits", "4", "--iters", "3"), data=True),
 )
 
 
@@ -131,10 +144,13 @@ def run(
     total, bits = _checkpoint_size(source)
     yield finish(Row("full precision", bits, total, 0, None, value, deviation, None, None, None))
 
+    statistics = work_dir / STATISTICS
+    _run_loftq(["calibrate", source, "--out", str(statistics), *_CALIBRATION], prints_json=False)
     for variant in VARIANTS:
         out = work_dir / variant.folder
         shutil.rmtree(out, ignore_errors=True)
         options = ["quantize", source, "--out", str(out), "--rank", str(rank), *variant.options]
+        options += ["--statistics", str(statistics)] if variant.data else []
         report = _run_loftq([*options, "--json", "--no-resume"])
         value, deviation = measure(str(out), variant.label)
         totals, timing = report["totals"], report["timing"]
@@ -150,9 +166,27 @@ def run(
             timing["peak_memory_bytes"],
             shlex.join(["loftq", *options]),
         )
+        yield finish(row)
+        if variant.data:
+            refining = ["refine", str(out), *_REFINEMENT]
+            refined = _run_loftq([*refining, "--json", "--no-resume"])
+            label = f"{variant.label}, refined"
+            value, deviation = measure(str(out), label)
+            weight_error = QuantizationReport.load(out).mean_error
+            yield finish(
+                replace(
+                    row,
+                    label=label,
+                    weight_error=weight_error,
+                    perplexity=value,
+                    perplexity_se=deviation,
+                    seconds=refined["seconds"],
+                    peak_memory_bytes=refined["peak_memory_bytes"],
+                    command=shlex.join(["loftq", *refining]),
+                )
+            )
         if variant.folder != KEPT and not keep_all:
             shutil.rmtree(out)
-        yield finish(row)
 
 
 def _default_model() -> Path:
@@ -161,7 +195,7 @@ def _default_model() -> Path:
     return default_model_dir()
 
 
-def _run_loftq(arguments: list[str]) -> dict[str, Any]:
+def _run_loftq(arguments: list[str], *, prints_json: bool = True) -> dict[str, Any]:
     """Run the command line in a new process and return the JSON it prints."""
     command = [sys.executable, "-c", "from loftq.cli import main; main()", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -169,7 +203,7 @@ def _run_loftq(arguments: list[str]) -> dict[str, Any]:
         raise LoftQError(
             f"`loftq {shlex.join(arguments)}` failed with exit code {done.returncode}; see its message above"
         )
-    return json.loads(done.stdout)
+    return json.loads(done.stdout) if prints_json else {}
 
 
 def _checkpoint_size(model: str) -> tuple[int, float]:

@@ -57,5 +57,5 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != 130:  # what Typer makes of an interrupt inside a command
             raise
-        typer.echo("loftq: interrupted; an unfinished quantization continues when the command is run again", err=True)
+        typer.echo("loftq: interrupted; unfinished work continues when the command is run again", err=True)
         sys.exit(130)

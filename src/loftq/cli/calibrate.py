@@ -42,6 +42,8 @@ def calibrate(
         calibration_length=length,
         seed=seed,
     )
-    statistics = collect_statistics(model, config, full=not diagonal, gradients=gradients and not diagonal, revision=revision)
+    statistics = collect_statistics(
+        model, config, full=not diagonal, gradients=gradients and not diagonal, revision=revision
+    )
     statistics.save(out)
     typer.echo(f"statistics of the inputs of {len(statistics)} layers in {out}")

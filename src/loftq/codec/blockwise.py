@@ -126,7 +126,7 @@ def _limit_zero(scale: Tensor, zero: Tensor, scale_dtype: str) -> tuple[Tensor, 
     return torch.where(beyond, offset.abs() / limit, scale), torch.where(beyond, zero.sign() * limit, zero)
 
 
-def _refit_levels(
+def levels_given(
     weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int, importance: Tensor | None
 ) -> Tensor:
     """Least squares of each level given codes and scales; a level without elements stays."""
@@ -155,7 +155,7 @@ def starting_levels(
     for _ in range(2):
         scale, _ = fit_scales(weight, spec, levels, importance)
         codes = kernels.encode(weight, scale, None, levels, codebooks.thresholds(levels), spec.block_size)
-        levels = normalised(_refit_levels(weight, scale, codes, levels, spec.block_size, importance))
+        levels = normalised(levels_given(weight, scale, codes, levels, spec.block_size, importance))
     return levels
 
 
@@ -207,6 +207,15 @@ def quantize(
         WeightError: see :func:`check_weight`.
     """
     check_weight(weight)
+    if importance is not None:
+        shape, expected = tuple(importance.shape), (weight.shape[1],)
+        if shape != expected or not torch.isfinite(importance).all() or bool((importance < 0).any()):
+            raise WeightError(
+                f"importance has shape {shape} or NaN, infinite or negative elements, expected finite numbers of shape "
+                f"{expected}; calibrate again"
+            )
+        # a block whose columns all count nothing would have no scale
+        importance = importance.clamp_min(1e-6 * float(importance.mean()) or 1.0)
     return quantize_checked(weight.detach().float().contiguous(), spec, levels, importance)
 
 
@@ -223,6 +232,6 @@ def quantize_checked(
     stored = store_scales(*fit_scales(weight, spec, levels, importance), spec)
     codes = kernels.encode(weight, stored.scale, stored.zero, levels, codebooks.thresholds(levels), spec.block_size)
     if spec.codebook == "lloyd":
-        levels = _refit_levels(weight, stored.scale, codes, levels, spec.block_size, importance)
+        levels = levels_given(weight, stored.scale, codes, levels, spec.block_size, importance)
         codes = kernels.encode(weight, stored.scale, None, levels, codebooks.thresholds(levels), spec.block_size)
     return assemble(codes, stored, levels, spec).times(gain)

@@ -17,6 +17,8 @@ from loftq.config import one_of
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import check_adapter
 from loftq.hub.quantizer import dequantize_modules, restore_conv1d
+from loftq.refine.record import REFINEMENT
+from loftq.report.record import REPORT
 
 
 def export_dense(
@@ -73,4 +75,4 @@ def _umask() -> int:
 
 
 def _is_extra(file: Path) -> bool:
-    return file.suffix != ".safetensors" and file.name not in (INDEX, "config.json", "loftq_report.json")
+    return file.suffix != ".safetensors" and file.name not in (INDEX, "config.json", REPORT, REFINEMENT)

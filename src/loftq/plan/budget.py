@@ -221,7 +221,7 @@ def _limits(table: ErrorTable, budget: Budget) -> list[int]:
 
 def _decimal(value: float) -> Fraction:
     """The number that was typed: 2.3 rather than the float just below it."""
-    return Fraction(repr(value))
+    return Fraction(repr(float(value)))
 
 
 def _units(table: ErrorTable, budget: Budget) -> list[Any]:

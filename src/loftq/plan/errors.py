@@ -31,7 +31,7 @@ from loftq.config import LoftQConfig, QuantSpec
 from loftq.errors import ConfigError, SourceError
 from loftq.parallel import run_side_by_side
 from loftq.plan.file import QUANTIZER, Choice, read_rows, write_rows
-from loftq.plan.targets import ModulePlan, _layer_positions, plan_modules
+from loftq.plan.targets import ModulePlan, layer_positions, plan_modules
 from loftq.report.progress import bar
 from loftq.report.system import versions
 from loftq.solver.importance import InputStatistics
@@ -174,7 +174,7 @@ def measure_errors(
     """
     model = meta_model(source.config())
     plans = plan_modules(model, config)
-    layers = _layer_positions([name for name, _ in model.named_modules()])
+    layers = layer_positions([name for name, _ in model.named_modules()])
     tensors = {unit.name: unit.source_name for unit in make_units(source, model, plans) if unit.plan is not None}
     config = config.replace(method=inputs.method if inputs is not None else config.method or "loftq")
     settings = {

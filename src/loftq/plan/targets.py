@@ -46,7 +46,7 @@ def plan_modules(model: nn.Module, config: LoftQConfig) -> dict[str, ModulePlan]
         ConfigError: if nothing is selected, a pattern matches nothing, or a selected module cannot be quantized.
     """
     selected = _select(model, config)
-    layer_of = _layer_positions(list(dict(model.named_modules())))
+    layer_of = layer_positions(list(dict(model.named_modules())))
     used_patterns: set[str] = set()
     plans = {}
     for name, module in selected.items():
@@ -162,7 +162,7 @@ def _lookup(patterns: Mapping[str, Any], name: str, default: Any, used: set[str]
     return default
 
 
-def _layer_positions(names: list[str]) -> dict[str, int]:
+def layer_positions(names: list[str]) -> dict[str, int]:
     """Module name -> position of its layer, counted through the stacks in order (an encoder's before a decoder's)."""
     positions: dict[tuple[str, int], int] = {}
     result = {}

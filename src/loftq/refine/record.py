@@ -22,7 +22,7 @@ class StageRecord:
         before, after: the distance from the full-precision model on the held-out windows; ``after`` is what the stage
             arrived at, whether or not it was kept.
         kept: whether it was an improvement. If not, the adapters were put back.
-        steps, tokens: optimizer steps, and tokens they were computed on.
+        steps, tokens: optimizer steps, and tokens that every trained layer saw.
         curve: for ``blocks``, one entry a block with its held-out error before and after; for ``model``, entries with
             step, training loss and held-out distance.
     """

@@ -268,7 +268,7 @@ class _Refinement:
         work = (len(stage.names) - len(curve)) * self.settings.block_epochs * len(windows.train) * windows.ids.shape[1]
         with _bar(work, "blocks", progress) as advance:
             stage.run(len(curve), done, advance)
-        return StageRecord("blocks", before, before, False, stage.steps, stage.tokens, curve)
+        return StageRecord("blocks", before, before, False, stage.steps, stage.tokens // len(stage.names), curve)
 
     def _model(
         self,

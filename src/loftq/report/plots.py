@@ -1,12 +1,14 @@
 """Pictures of a comparison: perplexity, divergence and errors against measured bits per weight, and errors layer by layer.
 
 Sixteen methods are too many for colours alone: every method has a colour and a line style of its own, and its name stands
-at the end of its line, moved apart from its neighbours. matplotlib is an optional dependency (``loftq[plot]``).
+at one end of its line, the one where the lines are further apart, moved away from its neighbours. matplotlib is an optional
+dependency (``loftq[plot]``).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +47,8 @@ _STYLES = {
 }
 _OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *_COLOURS.values())]
 _OWN = ("loftq-data", "auto")
+_NO_ADAPTER = ("rtn", "qlora", "gptq")
+_BITS = "measured bits per weight, adapters apart"
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -79,12 +83,18 @@ def plot_comparison(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, ti
     )
     written = []
     for key, label, level in pictures:
-        squared = key.endswith("error")
-        lines = _lines(rows, key, 2 if squared else 1)
+        lines = _lines(rows, key, 2 if key.endswith("error") else 1)
         if lines:
-            path = folder / f"{key}.png"
-            _draw_against_bits(lines, path, label, title, level, limit=key == "weight_error")
-            written.append(path)
+            written.append(_draw(lines, folder / f"{key}.png", _BITS, label, title, level))
+    alone = _lines([row for row in rows if row["method"] in _NO_ADAPTER], "weight_error", 2)
+    if alone:
+        # rate-distortion function of a Gaussian source: no code of R bits a weight has a smaller mean squared error. An
+        # adapter is not counted in R, so with one the limit does not hold
+        ends = [x for line in alone for x in line.x]
+        rates = [min(ends), max(ends)]
+        limit = _Line("limit 2^(−2R) for\nGaussian weights", rates, [2.0 ** (-2 * x) for x in rates])
+        label = "weight error without adapter ‖W − Q‖² / ‖W‖²"
+        written.append(_draw(alone, folder / "quantizer.png", _BITS, label, title, None, limit))
     return written
 
 
@@ -154,17 +164,6 @@ def _lines(rows: Sequence[Mapping[str, Any]], key: str, power: int) -> list[_Lin
     return lines
 
 
-def _draw_against_bits(
-    lines: list[_Line], path: Path, label: str, title: str, level: float | None, limit: bool
-) -> Path:
-    extra = None
-    if limit:
-        # rate-distortion function of a Gaussian source: no code of R bits a weight has a smaller mean squared error
-        ends = [min(x for line in lines for x in line.x), max(x for line in lines for x in line.x)]
-        extra = _Line("no code of Gaussian weights\ngets below 2^(−2R)", ends, [2.0 ** (-2 * x) for x in ends])
-    return _draw(lines, path, "measured bits per weight, adapters apart", label, title, level, extra)
-
-
 def _draw(
     lines: list[_Line],
     path: Path,
@@ -181,6 +180,7 @@ def _draw(
     axes = figure.subplots()
     axes.set_yscale("log")
     others = iter(_OTHERS * 3)
+    end = _clearer_end(lines)
     ends: list[tuple[float, float, str, Any]] = []
     for line in sorted(lines, key=lambda line: line.name in _OWN):  # this project's on top
         colour, style, marker = _STYLES.get(line.name) or next(others)
@@ -195,41 +195,52 @@ def _draw(
             markersize=4,
             linewidth=width,
         )
-        ends.append((line.x[-1], line.y[-1], line.name, colour))
+        ends.append((line.x[end], line.y[end], line.name, colour))
     if limit is not None:
         axes.plot(limit.x, limit.y, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
-        ends.append((limit.x[-1], limit.y[-1], limit.name, "#666666"))
+        ends.append((limit.x[end], limit.y[end], limit.name, "#666666"))
     if level is not None:
         axes.axhline(level, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
-        ends.append((max(e[0] for e in ends), level, "full precision", "#666666"))
+        ends.append((max(e[0] for e in ends) if end else min(e[0] for e in ends), level, "full precision", "#666666"))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if title:
         axes.set_title(title, loc="left", fontsize=10)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    _plain_ticks(axes)
-    _label_ends(axes, ends)
+    if end == 0:  # the names take the vertical axis's place
+        axes.yaxis.tick_right()
+        axes.yaxis.set_label_position("right")
+    axes.spines[["top", "left" if end == 0 else "right"]].set_visible(False)
+    _plain_ticks(axes, all(float(x).is_integer() for line in lines for x in line.x))
+    _label_ends(axes, ends, left=end == 0)
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)
     partial.replace(path)
     return path
 
 
-def _plain_ticks(axes: Any) -> None:
-    """Numbers as people write them: 20 and 3000 rather than powers of ten, unless there are too many decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _clearer_end(lines: Sequence[_Line]) -> int:
+    """0 or -1: the end at which the lines are further apart, where their names are told apart more easily."""
+    first, last = (math.log(max(line.y[k] for line in lines) / min(line.y[k] for line in lines)) for k in (0, -1))
+    return 0 if first > 1.5 * last else -1
 
+
+def _plain_ticks(axes: Any, whole: bool) -> None:
+    """Numbers as people write them: 20 and 3000 rather than powers of ten, unless there are too many decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axes.get_ylim()
     if high / low < 300:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)))
     if low > 1e-4 and high < 1e5:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
-    """The lines' names to the right of the axes at the heights where they end, moved apart where they would overlap."""
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]], left: bool) -> None:
+    """The lines' names beside the axes at the heights where they end, moved apart where they would overlap."""
     import numpy as np
 
     points = axes.get_window_extent().height * 72 / axes.figure.dpi  # close enough before the layout is final
@@ -243,7 +254,8 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
         axes.annotate(
             text,
             (x, y),
-            xytext=(1.06, place),
+            xytext=(-0.06 if left else 1.06, place),
+            horizontalalignment="right" if left else "left",
             textcoords="axes fraction",
             color=colour,
             fontsize=8,
@@ -257,7 +269,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
                 "shrinkA": 1,
                 "shrinkB": 3,
                 "alpha": 0.6,
-                "relpos": (0, 0.5),  # from the middle of the name's left edge, so that no line crosses a name
+                "relpos": (float(left), 0.5),  # from the middle of the name's near edge, so that no line crosses a name
             },
         )
 

@@ -127,7 +127,8 @@ def decompose(
     weight = divided(weight, gain)
     scaling = lora_scaling(lora_alpha, rank, use_rslora)
 
-    names = chosen.candidates or (method,)
+    lacking = statistics is not None and statistics.mean_abs is None  # then LQER is no candidate
+    names = tuple(n for n in chosen.candidates if not (lacking and METHODS[n].metric == "mean-abs")) or (method,)
     goal = _metric(chosen, statistics, damping)
     found = []
     for name in names:
@@ -186,7 +187,7 @@ _LEVEL_ROUNDS = 2
 
 @dataclass(frozen=True)
 class _LowRank:
-    """L = left @ right, the whitened subspace to start the next SVD from, and what the SVD leaves: |R P - U S Vh|."""
+    """L = left @ right, the whitened subspace to start the next SVD from, and |R P - U S Vh| where it is known."""
 
     left: Tensor
     right: Tensor
@@ -294,9 +295,10 @@ class _Search:
         right = self.metric.unwhiten_columns(root[:, None] * found.Vh)
         if self.method.half_adapter:
             return _LowRank(left.half().float(), right.half().float(), found.basis)
-        # U S Vh is a projection of R P, exactly, so the squares subtract
-        remainder = math.sqrt(max(0.0, _norm(whitened) ** 2 - found.energy))
-        return _LowRank(left, right, found.basis, remainder)
+        # U S Vh is a projection of R P, exactly, so the squares subtract, unless too little is left for float32
+        total = _norm(whitened) ** 2
+        rest = total - found.energy
+        return _LowRank(left, right, found.basis, math.sqrt(rest) if rest > 1e-4 * total else None)
 
     def without(self, lowrank: _LowRank) -> Tensor:
         """What is left to quantize: the target without L."""

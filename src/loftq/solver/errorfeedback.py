@@ -13,7 +13,15 @@ from torch import Tensor
 
 from loftq import kernels
 from loftq.codec import QuantizedTensor
-from loftq.codec.blockwise import StoredScales, assemble, fit_scales, normalised, starting_levels, store_scales
+from loftq.codec.blockwise import (
+    StoredScales,
+    assemble,
+    fit_scales,
+    levels_given,
+    normalised,
+    starting_levels,
+    store_scales,
+)
 from loftq.codec.codebook import thresholds
 from loftq.codec.qtensor import dequantize_stored
 from loftq.config import QuantSpec
@@ -50,6 +58,9 @@ def round_with_feedback(
     counts = metric.conditional
     levels = starting_levels(weight, spec, levels, counts)
     stored = store_scales(*fit_scales(weight, spec, levels, counts), spec)
+    if spec.codebook == "lloyd":  # to the scales as they are stored, as plain quantization does
+        codes = kernels.encode(weight, stored.scale, None, levels, thresholds(levels), spec.block_size)
+        levels = levels_given(weight, stored.scale, codes, levels, spec.block_size, counts)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     dense = torch.empty_like(weight)
     work = weight[:, metric.order].contiguous()
@@ -96,6 +107,7 @@ def _descend(
         if fitted is not None:
             largest = fitted.abs().max()
             levels, scale = normalised(fitted), scale * largest
+            stored = store_scales(scale, stored.zero, spec)
             dense = levels[codes.long()] * _spread(scale, spec.block_size, weight.shape[1])
     free = spec.scale == "search"
     constants = (levels, thresholds(levels), spec.block_size)

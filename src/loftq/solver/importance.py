@@ -75,6 +75,17 @@ class InputStatistics:
             raise WeightError(
                 "the inputs' second moment has NaN, infinite or negative elements, expected E[x xᵀ]; calibrate again"
             )
+        for name, expected in (
+            ("mean_abs", (in_features,)),
+            ("drift", (in_features, in_features)),
+            ("fisher_columns", (in_features,)),
+        ):
+            value = getattr(self, name)
+            if value is not None and (tuple(value.shape) != expected or not torch.isfinite(value).all()):
+                raise WeightError(
+                    f"the inputs' {name} has shape {tuple(value.shape)} or NaN or infinite elements, expected finite "
+                    f"numbers of shape {expected}; calibrate again"
+                )
 
     def metric(self, kind: str, damping: float, row_damping: float | None = None) -> Metric:
         """The metric of that kind; see :class:`Metric`. What concerns inputs is computed once for all that share them.
@@ -187,7 +198,8 @@ def _metric(statistics: InputStatistics, kind: str, damping: float) -> Metric:
 
 def _blend(moment: Tensor, damping: float, eye: Tensor | float) -> Tensor:
     mean = moment.mean() if moment.dim() == 1 else moment.diagonal().mean()
-    return moment * ((1 - damping) / mean) + eye * (damping + _FLOOR * (1 - damping))
+    share = damping + _FLOOR * (1 - damping)
+    return moment * ((1 - share) / mean) + eye * share
 
 
 def _diagonal(moment: Tensor, damping: float) -> Metric:
@@ -199,7 +211,7 @@ def _fisher(statistics: InputStatistics) -> Metric:
     assert statistics.fisher_rows is not None
     assert statistics.fisher_columns is not None
     rows, columns = statistics.fisher_rows.float(), statistics.fisher_columns.float()
-    rows, columns = (v / v.mean() + _FLOOR for v in (rows, columns))
+    rows, columns = (v / v.mean() + _FLOOR if float(v.sum()) > 0 else torch.ones_like(v) for v in (rows, columns))
     return Metric(hessian=columns.square(), factor=columns, inverse=1 / columns, rows=rows)
 
 
@@ -235,7 +247,11 @@ def _with_rows(metric: Metric, moment: Tensor, damping: float) -> Metric:
     if float(moment.diagonal().sum()) <= 0:
         return metric
     hessian = _blend(moment.double(), damping, eye)
-    lower = torch.linalg.cholesky((hessian + hessian.T) / 2)
+    hessian = (hessian + hessian.T) / 2
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed) > 0:
+        hessian = hessian + eye * (_FLOOR + 2 * torch.linalg.eigvalsh(hessian)[0].abs())
+        lower = torch.linalg.cholesky(hessian)
     inverse = torch.linalg.solve_triangular(lower.T, eye, upper=True)
     return replace(
         metric, row_hessian=hessian.float(), row_factor=lower.T.contiguous().float(), row_inverse=inverse.float()

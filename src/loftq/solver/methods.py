@@ -129,7 +129,7 @@ METHODS = {
         row_damping=_OURS_ROWS,
         principal_start=True,
         feedback=True,
-        sweeps=2,
+        sweeps=1,
         follow_drift=True,
     ),
     "auto": Method(
