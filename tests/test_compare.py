@@ -14,7 +14,7 @@ import loftq.compare as work
 from loftq import LoftQConfig, quantize_checkpoint
 from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import open_source
-from loftq.compare import Comparison, compare, average_bits, first_layers
+from loftq.compare import Comparison, average_bits, compare, first_layers
 from loftq.errors import ConfigError, LoftQError, OutputError, SourceError
 from loftq.evaluate.divergence import Reference, score
 from loftq.evaluate.models import load_for_inference
@@ -237,7 +237,8 @@ def test_fractional_bits(stories_dir, target, low, high):
 
 def test_fractional_bits_mix_widths(stories_dir, tmp_path):
     rows = [
-        c for c, _ in compare(settings(stories_dir, methods=("qlora",), bits=(2, 3.2, 4), max_tokens=50), tmp_path / "o")
+        c
+        for c, _ in compare(settings(stories_dir, methods=("qlora",), bits=(2, 3.2, 4), max_tokens=50), tmp_path / "o")
     ]
     assert rows[1].bpw < rows[2].bpw < rows[3].bpw
 

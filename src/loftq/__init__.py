@@ -21,6 +21,9 @@ from loftq.errors import (
 from loftq.hub.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from loftq.calibrate.collect import collect_from_model
+    from loftq.calibrate.statistics import Statistics
+    from loftq.calibrate.text import CalibrationTokens, calibration_tokens
     from loftq.codec import QuantizedTensor
     from loftq.export.dense import export_dense
     from loftq.hub.load import load
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from loftq.pipeline import quantize_checkpoint, quantize_model
     from loftq.report.record import QuantizationReport
     from loftq.solver import Decomposition, decompose
+    from loftq.solver.importance import InputStatistics
 
 try:
     __version__ = version("loftq")
@@ -36,11 +40,16 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 # Name -> module that defines it, imported when first used: `loftq --help` must not wait for torch.
 _LAZY = {
+    "CalibrationTokens": "loftq.calibrate.text",
     "Decomposition": "loftq.solver",
+    "InputStatistics": "loftq.solver.importance",
     "QuantEmbedding": "loftq.modules",
     "QuantLinear": "loftq.modules",
     "QuantizationReport": "loftq.report.record",
     "QuantizedTensor": "loftq.codec",
+    "Statistics": "loftq.calibrate.statistics",
+    "calibration_tokens": "loftq.calibrate.text",
+    "collect_from_model": "loftq.calibrate.collect",
     "decompose": "loftq.solver",
     "export_dense": "loftq.export.dense",
     "load": "loftq.hub.load",

@@ -35,6 +35,7 @@ from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.cells import Cell, Results, save_layers
 from loftq.report.progress import bar
 from loftq.report.record import REPORT
+from loftq.report.system import versions
 from loftq.solver.methods import method_named
 
 FLOAT = "float"
@@ -98,6 +99,8 @@ class Comparison:
                 raise ConfigError(
                     f"method {name} works on the layers' inputs, but there is no text; give --calibration"
                 )
+        if self.refine_tokens and self.calibration is None:
+            raise ConfigError("refine_tokens was given, but there is no text to refine on; give --calibration")
         if self.calibration is not None:
             check_apart(self.calibration, self.text)
 
@@ -250,6 +253,8 @@ class _Session:
             # an interrupted quantization starts over, so that its seconds are those of a whole one
             resume = (folder / REPORT).exists()
             report = quantize_checkpoint(self.source, folder, config, resume=resume, statistics=shared)
+            if self.settings.refine_tokens:
+                self._refine(folder)
             if self._meter is None:
                 self._meter = ErrorMeter(self.source, self.statistics)
             errors = self._meter.measure(folder)
@@ -272,6 +277,23 @@ class _Session:
             if not self.settings.keep:
                 shutil.rmtree(folder, ignore_errors=True)
             gc.collect()  # models have cycles, and the next one needs the memory
+
+    def _refine(self, folder: Path) -> None:
+        """Tune the adapters on as many tokens of the calibration text as the settings say."""
+        from loftq.refine import refine
+
+        length = self.settings.calibration_length
+        refine(
+            folder,
+            self.settings.model,
+            text=self.settings.calibration,
+            stages=("model",),
+            epochs=1,
+            samples=max(2, -(-self.settings.refine_tokens * 10 // (9 * length))),  # a tenth is held out
+            length=length,
+            max_tokens=self.settings.refine_tokens,
+            seed=self.settings.seed,
+        )
 
     def _score(self, folder: Path, label: str) -> Score | None:
         reference = self.reference()
@@ -302,6 +324,7 @@ def _fingerprint(settings: Comparison, source: Source) -> dict[str, Any]:
     """What the cells of one folder have in common; methods and bits may be added by a later command."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("methods", "bits", "keep")}
     values["plans"] = {f"{bits:g}": sha256_file(Path(path)) for bits, path in sorted(settings.plans.items())}
+    values["loftq"] = versions()["loftq"]
     values["source"] = {file.name: sha256_file(file) for file in source.files}
     for name in ("text", "calibration"):
         path = Path(str(getattr(settings, name)).partition(".safetensors:")[0])

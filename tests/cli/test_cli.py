@@ -17,7 +17,18 @@ from loftq.cli import app
 from loftq.report.record import REPORT
 
 LOFTQ = str(Path(sys.executable).parent / "loftq")
-VERBS = ("quickstart", "quantize", "inspect", "evaluate", "generate", "export")
+VERBS = (
+    "quickstart",
+    "quantize",
+    "calibrate",
+    "plan",
+    "refine",
+    "inspect",
+    "evaluate",
+    "compare",
+    "generate",
+    "export",
+)
 
 
 def invoke(*arguments) -> str:

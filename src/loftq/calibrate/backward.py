@@ -217,11 +217,15 @@ class StreamedGradients:
         self._loaded = block
 
     def _each(self, kind: type[Call] | type[Back], block: str, work: Callable[[Batch, Any], Any]) -> None:
+        last = not any(n == block or n.startswith(f"{block}.") for n in self._targets)
         for position, (driver, batch) in enumerate(zip(self._drivers, self._batches, strict=True)):
             if not isinstance(driver.call, kind) or driver.call.block != block:
                 continue
             self._spill.restore(position)
             driver.resume(work(batch, driver.call))
+            if kind is Call and last and isinstance(driver.call, Back) and driver.call.block == block:
+                # The head: its backward pass follows at once, so that one batch's logits are in memory and not all.
+                driver.resume(self._backward(Collector({}, full=True), _Gradients({}, False), batch, driver.call))
             self._hold(position)
             self.progress(block, batch.tokens)
 

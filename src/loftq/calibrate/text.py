@@ -44,12 +44,13 @@ class CalibrationTokens:
     sha256: str
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor, name: str) -> CalibrationTokens:
-        """Check the windows and compute their hash.
+    def of(cls, ids: Tensor, mask: Tensor | None = None, name: str = "token ids") -> CalibrationTokens:
+        """Check the windows and compute their hash; without a mask nothing is padding.
 
         Raises:
             SourceError: no window has 2 tokens.
         """
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         ids, mask = ids.long().contiguous(), mask.bool().contiguous()
         kept = mask.sum(1) >= 2
         if not kept.any():
