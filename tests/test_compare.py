@@ -84,7 +84,8 @@ def test_rows(finished):
 
 def test_numbers_are_those_of_each_function_alone(finished, stories_dir, statistics, tmp_path):
     row = next(cell for cell, _ in finished[1] if (cell.method, cell.bits) == ("loftq", 2))
-    config = LoftQConfig(bits=2, rank=4, method="loftq", calibration=None)
+    quantizer = {"codebook": "nf", "scale": "absmax"}  # LoftQ's own
+    config = LoftQConfig(bits=2, rank=4, method="loftq", calibration=None, **quantizer)
     report = quantize_checkpoint(stories_dir, tmp_path / "q", config, progress=False)
     ids = text_tokens(f"{stories_dir / 'tokens.safetensors'}:eval", str(stories_dir), 600)
     errors = output_errors(tmp_path / "q", stories_dir, statistics)

@@ -213,7 +213,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "kernels": {"kernels"},
     "codec": {"codec", "config", "errors", "kernels"},
-    "solver": {"solver", "codec", "config", "errors"},
+    "solver": {"solver", "codec", "kernels", "config", "errors"},
     "modules": {"modules", "codec", "kernels", "config", "errors"},
 }
 

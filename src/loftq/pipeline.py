@@ -59,7 +59,7 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     command: str | None = None,
     statistics: Statistics | str | Path | None = None,
-    notice: Callable[[str], None] = lambda sentence: None,
+    notice: Callable[[str], None] | None = None,
 ) -> QuantizationReport:
     """Turn a checkpoint into a folder with a packed backbone and a PEFT adapter, one tensor at a time.
 
@@ -93,7 +93,7 @@ def quantize_checkpoint(
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)
-    inputs = calibrated(opened, model, plans, config, hashes, statistics, notice)
+    inputs = calibrated(opened, model, plans, config, hashes, statistics, notice or (lambda sentence: None))
     config = config.replace(method=inputs.method)
     fingerprint = json.loads(
         json.dumps(

@@ -150,12 +150,16 @@ def test_executable(stories_dir, tmp_path):
         "4",
         "--iters",
         "1",
+        "--no-calibration",
         "--json",
     ]
     first = run(*command)
     assert (first.returncode, first.stderr) == (0, ""), "no bar and no notices where there is no terminal"
     report = json.loads(first.stdout)
-    assert report["command"] == f"loftq quantize {stories_dir} --out 'my model' --bits 2 --rank 4 --iters 1 --json"
+    assert (
+        report["command"]
+        == f"loftq quantize {stories_dir} --out 'my model' --bits 2 --rank 4 --iters 1 --no-calibration --json"
+    )
     shown = run("inspect", "my model", "--check", "--json")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert json.loads(shown.stdout) == report
