@@ -204,7 +204,11 @@ class _Session:
             path = self.folder / STATISTICS
             if path.exists():  # the folder's settings have been compared already
                 self._statistics = Statistics.load(path, {f.name: sha256_file(f) for f in self.source.files})
-            else:
+            lacking = self._statistics is None or (
+                any(method_named(name).needs_gradients for name in self.settings.methods)
+                and all(s.fisher_rows is None for s in self._statistics.values())
+            )
+            if lacking:
                 self._statistics = float_statistics(self.settings, self.source)
                 self._statistics.save(path)
         return self._statistics
@@ -347,4 +351,5 @@ def float_statistics(settings: Comparison, source: Source) -> Statistics:
         seed=settings.seed,
     )
     head = meta_model(source.config()).get_output_embeddings()
-    return collect_statistics(source, config, gradients=head is not None)
+    fisher = any(method_named(name).needs_gradients for name in settings.methods)
+    return collect_statistics(source, config, gradients=head is not None, fisher=fisher)

@@ -145,7 +145,9 @@ def run(
     yield finish(Row("full precision", bits, total, 0, None, value, deviation, None, None, None))
 
     statistics = work_dir / STATISTICS
-    _run_loftq(["calibrate", source, "--out", str(statistics), *_CALIBRATION], prints_json=False)
+    length = str(min(512, results["text"]["window"]))
+    calibrating = ["calibrate", source, "--out", str(statistics), "--calibration-length", length, *_CALIBRATION]
+    _run_loftq(calibrating, prints_json=False)
     for variant in VARIANTS:
         out = work_dir / variant.folder
         shutil.rmtree(out, ignore_errors=True)
@@ -168,7 +170,7 @@ def run(
         )
         yield finish(row)
         if variant.data:
-            refining = ["refine", str(out), *_REFINEMENT]
+            refining = ["refine", str(out), "--length", length, *_REFINEMENT]
             refined = _run_loftq([*refining, "--json", "--no-resume"])
             label = f"{variant.label}, refined"
             value, deviation = measure(str(out), label)
@@ -187,6 +189,8 @@ def run(
             )
         if variant.folder != KEPT and not keep_all:
             shutil.rmtree(out)
+    if not keep_all:
+        statistics.unlink()
 
 
 def _default_model() -> Path:

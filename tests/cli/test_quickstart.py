@@ -46,10 +46,15 @@ def test_rows_and_results(model_dir, tmp_path):
     results = json.loads(done.stdout)
     assert results == json.loads((out / quickstart.RESULTS).read_text())
     rows = {row["label"]: row for row in results["rows"]}
-    assert list(rows) == ["full precision", *(v.label for v in quickstart.VARIANTS)]
-    assert rows["loftq, 2 bits"]["weight_error"] < rows["LoftQ as published, 2 bits"]["weight_error"]
+    expected = ["full precision"]
+    for variant in quickstart.VARIANTS:
+        expected += [variant.label, f"{variant.label}, refined"] if variant.data else [variant.label]
+    assert list(rows) == expected
+    assert (
+        rows["loftq without calibration, 2 bits"]["weight_error"] < rows["LoftQ as published, 2 bits"]["weight_error"]
+    )
     assert rows["LoftQ as published, 2 bits"]["weight_error"] < rows["QLoRA, 2 bits"]["weight_error"]
-    errors = [rows[f"loftq, {bits} bits"]["weight_error"] for bits in (2, 3, 4)]
+    errors = [rows[f"loftq-data, {bits} bits"]["weight_error"] for bits in (2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     assert all(row["peak_memory_bytes"] > 1e8 for row in results["rows"][1:])
     assert sorted(p.name for p in out.iterdir()) == [quickstart.KEPT, quickstart.RESULTS]

@@ -224,6 +224,7 @@ def collect_statistics(
     *,
     full: bool = True,
     gradients: bool = False,
+    fisher: bool = False,
     revision: str | None = None,
     progress: bool = True,
 ) -> Statistics:
@@ -241,4 +242,6 @@ def collect_statistics(
     plans = plan_modules(model, config)
     inputs = calibrated(opened, model, plans, config.replace(method="qera"), {}, None, lambda sentence: None)
     assert inputs.tokens is not None
-    return collect(opened, inputs.targets, inputs.tokens, full=full, gradients=gradients, progress=progress)
+    return collect(
+        opened, inputs.targets, inputs.tokens, full=full, gradients=gradients, fisher=fisher, progress=progress
+    )

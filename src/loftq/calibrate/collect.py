@@ -44,6 +44,7 @@ def collect(
     *,
     full: bool = True,
     gradients: bool = False,
+    fisher: bool = False,
     batch_tokens: int = 2048,
     spill_bytes: int = 2_000_000_000,
     progress: bool | Advance = True,
@@ -54,8 +55,9 @@ def collect(
         source: folder with safetensors, ``.gguf`` file, hub id, or an opened source.
         targets: names of linear layers.
         tokens, full, batch_tokens, spill_bytes: see :class:`StreamedForward`.
-        gradients: run the backward pass as well, for ``loftq-data`` and LQ-LoRA; see
+        gradients: run the backward pass as well, for ``loftq-data``; see
             :class:`loftq.calibrate.backward.StreamedGradients`. Second moments are then full.
+        fisher: with the gradients the diagonal Fisher information too, for LQ-LoRA.
         progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, tokens)``.
 
     Raises:
@@ -64,8 +66,8 @@ def collect(
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     layers: dict[str, InputStatistics] = {}
     forward: StreamedForward | StreamedGradients
-    if gradients:
-        forward, full = StreamedGradients(opened, targets, tokens, fisher=True, spill_bytes=spill_bytes), True
+    if gradients or fisher:
+        forward, full = StreamedGradients(opened, targets, tokens, fisher=fisher, spill_bytes=spill_bytes), True
     else:
         forward = StreamedForward(
             opened, targets, tokens, full=full, batch_tokens=batch_tokens, spill_bytes=spill_bytes
@@ -74,7 +76,9 @@ def collect(
         for group in forward.groups():
             layers.update(dict.fromkeys(group.names, group.statistics()))
     layers = {name: layers[name] for name in targets}
-    return Statistics(layers, describe(tokens, full, gradients), {f.name: sha256_file(f) for f in opened.files})
+    return Statistics(
+        layers, describe(tokens, full, gradients or fisher), {f.name: sha256_file(f) for f in opened.files}
+    )
 
 
 @torch.no_grad()

@@ -20,8 +20,11 @@ def calibrate(
     samples: Annotated[int, typer.Option("--calibration-samples", help="Windows of text.")] = 32,
     length: Annotated[int, typer.Option("--calibration-length", help="Tokens of a window.")] = 512,
     gradients: Annotated[
-        bool, typer.Option(help="The gradients in the layers' outputs as well, for loftq-data and lq-lora.")
+        bool, typer.Option(help="The gradients in the layers' outputs as well, for loftq-data.")
     ] = True,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="The diagonal Fisher information as well, for lq-lora.")
+    ] = False,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="E[x²] only, instead of E[x xᵀ].")] = False,
     target_modules: Annotated[
         list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
@@ -33,6 +36,7 @@ def calibrate(
     quiet_transformers()
     from loftq.calibrate.choose import collect_statistics
     from loftq.config import LoftQConfig
+    from loftq.errors import ConfigError
 
     targets = parse.module_patterns(["all-linear"] if target_modules is None else target_modules) or ()
     config = LoftQConfig(
@@ -42,8 +46,10 @@ def calibrate(
         calibration_length=length,
         seed=seed,
     )
+    if diagonal and fisher:
+        raise ConfigError("--diagonal and --fisher were both given, expected one: gradients come with full moments")
     statistics = collect_statistics(
-        model, config, full=not diagonal, gradients=gradients and not diagonal, revision=revision
+        model, config, full=not diagonal, gradients=gradients and not diagonal, fisher=fisher, revision=revision
     )
     statistics.save(out)
     typer.echo(f"statistics of the inputs of {len(statistics)} layers in {out}")
