@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class Inputs:
         if not needed or not self.targets:
             yield iter(())
         elif self.statistics is not None:
-            yield iter(Group((name,), _given(self.statistics, name)) for name in self.targets)
+            yield _saved(self.statistics, self.targets)
         else:
             assert self.source is not None
             assert self.tokens is not None
@@ -84,8 +85,16 @@ class Inputs:
         return InputStatistics(torch.zeros(plan.shape[1]), torch.zeros(plan.shape[1]), tokens=0)
 
 
-def _given(statistics: Statistics, name: str) -> Callable[[], InputStatistics]:
-    return lambda: statistics[name]
+def _saved(statistics: Statistics, targets: tuple[str, ...]) -> Iterator[Group]:
+    """One group a layer. Factors are shared between neighbours with one input, and given up when it has passed."""
+    moment: Tensor | None = None
+    shared = None
+    for name in targets:
+        found = statistics[name]
+        if shared is None or found.second_moment is not moment:
+            moment, shared = found.second_moment, replace(found)
+        own = {field: getattr(found, field) for field in ("output_moment", "fisher_rows", "fisher_columns")}
+        yield Group((name,), partial(shared.of_layer, **own))
 
 
 def calibrated(

@@ -17,7 +17,7 @@ def quickstart(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")] = Path("loftq-quickstart"),
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapters.", min=1)] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.", min=2)] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.", min=2)] = 2048,
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Keep every quantized folder.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:

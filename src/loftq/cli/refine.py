@@ -37,7 +37,7 @@ def refine(
         int | None, typer.Option(help="Train the stage `model` on so many tokens at most.", show_default="all")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of one step, at least one window.")] = 512,
-    lr: Annotated[float, typer.Option("--lr", help="Highest learning rate of the adapters.")] = 1e-3,
+    lr: Annotated[float, typer.Option("--lr", help="Highest learning rate of the adapters.")] = 2e-4,
     scales: Annotated[
         bool, typer.Option("--scales", help="Tune the quantizer's scales too; the backbone is another one then.")
     ] = False,

@@ -46,7 +46,7 @@ class RefineSettings:
     block_epochs: int = 2
     max_tokens: int | None = None
     batch_tokens: int = 512
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     scales_learning_rate: float = 1e-3
     scales: bool = False
     holdout: float = 0.1

@@ -61,7 +61,7 @@ class Method:
 
 # CLoQ's damping, 0.01 tr(H) / d, written as a blend: the same matrix up to a factor.
 _CLOQ = 0.01 / 1.01
-_OURS = 0.02
+_OURS = 0.005
 _OURS_ROWS = 0.3
 
 METHODS = {
