@@ -57,7 +57,6 @@ VARIANTS = (
         "published-2bit",
         ("--bits", "2", "--method", "loftq", "--published", "--iters", "5"),
     ),
-    Variant("loftq without calibration, 2 bits", "weight-only-2bit", ("--bits", "2", "--no-calibration")),
     Variant("loftq-data, 2 bits", KEPT, ("--bits", "2", "--iters", "1"), data=True),
     Variant("loftq-data, 3 bits", "loftq-3bit", ("--bits", "3", "--iters", "1"), data=True),
     Variant("loftq-data, 4 bits", "loftq-4bit", ("--bits", "4", "--iters", "1"), data=True),
