@@ -35,9 +35,22 @@ _SLICE_BEGINS = 0.6
 
 # What calibration and refinement read of the built-in text; both stay below 0.55 of it. Gradients and more iterations
 # are worth having but take more minutes than this table should.
-_CALIBRATION = ("--calibration", BUILTIN, "--calibration-samples", "16", "--no-gradients")
+_CALIBRATION = ("--calibration", BUILTIN, "--calibration-samples", "12", "--no-gradients")
 _REFINED_LENGTH = 128
-_REFINEMENT = ("--text", BUILTIN, "--samples", "20", "--batch-tokens", "128", "--epochs", "1", "--stages", "model")
+_REFINEMENT = (
+    "--text",
+    BUILTIN,
+    "--lr",
+    "1e-4",
+    "--samples",
+    "12",
+    "--batch-tokens",
+    "128",
+    "--epochs",
+    "1",
+    "--stages",
+    "model",
+)
 
 
 @dataclass(frozen=True)
