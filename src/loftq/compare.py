@@ -314,7 +314,7 @@ def merged(model: Any) -> nn.Module:
     Scoring then takes a quarter less time. A weight is rounded to float32 once more, 6e-8 of its size.
     """
     needed = 4 * sum(math.prod(m.matrix_shape) for m in model.modules() if isinstance(m, PackedWeight))
-    if needed > psutil.virtual_memory().available / 4:
+    if needed == 0 or needed > psutil.virtual_memory().available / 4:
         return model
     return dequantize_modules(model).merge_and_unload()  # type: ignore[operator]
 

@@ -16,10 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loftq.calibrate.choose import collect_statistics
+from loftq.compare import merged
+from loftq.config import LoftQConfig
 from loftq.errors import LoftQError, OutputError, SourceError
 from loftq.evaluate.models import default_window, encode, load_for_inference, load_tokenizer
 from loftq.evaluate.perplexity import perplexity
 from loftq.evaluate.text import BUILTIN, builtin_text
+from loftq.refine import refine
 from loftq.report.progress import bar
 from loftq.report.record import QuantizationReport
 from loftq.report.system import machine, versions
@@ -35,22 +39,15 @@ _SLICE_BEGINS = 0.6
 
 # What calibration and refinement read of the built-in text; both stay below 0.55 of it. Gradients and more iterations
 # are worth having but take more minutes than this table should.
-_CALIBRATION = ("--calibration", BUILTIN, "--calibration-samples", "12", "--no-gradients")
+_CALIBRATION_WINDOWS = 12
+_REFINEMENT: dict[str, Any] = {
+    "samples": 12,
+    "batch_tokens": 128,
+    "epochs": 1,
+    "stages": ("model",),
+    "learning_rate": 1e-4,
+}
 _REFINED_LENGTH = 128
-_REFINEMENT = (
-    "--text",
-    BUILTIN,
-    "--lr",
-    "1e-4",
-    "--samples",
-    "12",
-    "--batch-tokens",
-    "128",
-    "--epochs",
-    "1",
-    "--stages",
-    "model",
-)
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ def run(
         return row, results
 
     def measure(folder: str, label: str) -> tuple[float, float]:
-        loaded = load_for_inference(folder)
+        loaded = merged(load_for_inference(folder))
         window = default_window(loaded, None)
         results["text"]["window"] = window
         with bar(ids.numel() - 1, f"evaluating {label}:", "tokens") as advance:
@@ -160,9 +157,10 @@ def run(
 
     statistics = work_dir / STATISTICS
     window: int = results["text"]["window"]
-    length = str(min(512, window))
-    calibrating = ["calibrate", source, "--out", str(statistics), "--calibration-length", length, *_CALIBRATION]
-    _run_loftq(calibrating, prints_json=False)
+    calibration = LoftQConfig(
+        calibration=BUILTIN, calibration_samples=_CALIBRATION_WINDOWS, calibration_length=min(512, window)
+    )
+    collect_statistics(source, calibration).save(statistics)
     for variant in VARIANTS:
         out = work_dir / variant.folder
         shutil.rmtree(out, ignore_errors=True)
@@ -185,8 +183,7 @@ def run(
         )
         yield finish(row)
         if variant.data:
-            refining = ["refine", str(out), "--length", str(min(_REFINED_LENGTH, window)), *_REFINEMENT]
-            refined = _run_loftq([*refining, "--json", "--no-resume"])
+            refined = refine(out, text=BUILTIN, length=min(_REFINED_LENGTH, window), **_REFINEMENT)
             label = f"{variant.label}, refined"
             value, deviation = measure(str(out), label)
             weight_error = QuantizationReport.load(out).mean_error
@@ -197,9 +194,9 @@ def run(
                     weight_error=weight_error,
                     perplexity=value,
                     perplexity_se=deviation,
-                    seconds=refined["seconds"],
-                    peak_memory_bytes=refined["peak_memory_bytes"],
-                    command=shlex.join(["loftq", *refining]),
+                    seconds=refined.seconds,
+                    peak_memory_bytes=refined.peak_memory_bytes,
+                    command=None,
                 )
             )
         if variant.folder != KEPT and not keep_all:
@@ -214,7 +211,7 @@ def _default_model() -> Path:
     return default_model_dir()
 
 
-def _run_loftq(arguments: list[str], *, prints_json: bool = True) -> dict[str, Any]:
+def _run_loftq(arguments: list[str]) -> dict[str, Any]:
     """Run the command line in a new process and return the JSON it prints."""
     command = [sys.executable, "-c", "from loftq.cli import main; main()", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -222,7 +219,7 @@ def _run_loftq(arguments: list[str], *, prints_json: bool = True) -> dict[str, A
         raise LoftQError(
             f"`loftq {shlex.join(arguments)}` failed with exit code {done.returncode}; see its message above"
         )
-    return json.loads(done.stdout) if prints_json else {}
+    return json.loads(done.stdout)
 
 
 def _checkpoint_size(model: str) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from loftq.solver.methods import METHODS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDEST = 640  # columns; factors of the FFN's 1536 take seconds
-OURS = 0.02  # λ of loftq-data and auto
+OURS = METHODS["loftq-data"].damping  # λ, that of auto too
 
 
 def dense_of(result: Decomposition) -> Tensor:
