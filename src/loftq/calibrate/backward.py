@@ -12,27 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loftq.calibrate.batches import Batch, make_batches
-from loftq.calibrate.blocks import Weights, build, find_blocks, head_name
+from loftq.calibrate.batches import Batch
+from loftq.calibrate.blocks import find_blocks, head_name
+from loftq.calibrate.calls import tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
-from loftq.calibrate.forward import Group
+from loftq.calibrate.groups import Group
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
-from loftq.calibrate.spill import Spill, reachable_storages
+from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
-from loftq.calibrate.trace import Collector, check_targets, in_features
+from loftq.calibrate.trace import Collector, in_features
 from loftq.checkpoint.source import Source
-from loftq.config import positive_int
 from loftq.errors import SourceError
 from loftq.modules.linear import is_transposed
 from loftq.solver.importance import InputStatistics
-
-Progress = Callable[[str, int], None]
 
 
 class Back(NamedTuple):
@@ -48,7 +45,7 @@ class Back(NamedTuple):
     gradients: tuple[Tensor | None, ...]
 
 
-class StreamedGradients:
+class StreamedGradients(Streamed):
     """One forward and one backward pass over a calibration text that hold one block of the model. A context manager.
 
     Args:
@@ -79,42 +76,14 @@ class StreamedGradients:
         spill_bytes: int = 2_000_000_000,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        progress: Progress = lambda name, tokens: None,
+        progress: Advance = lambda name, tokens: None,
     ) -> None:
-        positive_int("batch_tokens", batch_tokens)
-        positive_int("spill_bytes", spill_bytes, 0)
+        super().__init__(source, targets, tokens, batch_tokens, spill_bytes, dtype, progress)
         self.fisher = fisher
         self.seed = seed
-        self.progress = progress
-        self._model = build(source, dtype)
-        self._targets = check_targets(self._model, targets)
-        self._batches = make_batches(self._model, tokens, batch_tokens)
-        self._weights = Weights(source, self._model, dtype)
         head = head_name(self._model, self._targets)
         self._blocks = [*find_blocks(self._model, self._targets), *([head] if head else [])]
-        self._spill = Spill(spill_bytes)
         self.work = 2 * len(self._blocks) * sum(int(b.tokens) for b in self._batches)
-        self._drivers: list[Driver] = []
-        self._loaded: str | None = None
-
-    def __enter__(self) -> StreamedGradients:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the passes and remove what was spilled."""
-        try:
-            for position, driver in enumerate(self._drivers):
-                if driver.call is not None:
-                    self._spill.restore(position)
-                driver.stop()
-        finally:
-            self._drivers = []
-            self._spill.close()
 
     def groups(self) -> Iterator[Group]:
         """Every target, a group each, in the order of the backward pass: the last block first.
@@ -129,7 +98,7 @@ class StreamedGradients:
                 self._each(Call, block, self._forward)
             while (block := self._waiting(Back)) is not None:
                 self._load(block)
-                targets = {n: m for n, m in self._targets.items() if n == block or n.startswith(f"{block}.")}
+                targets = within(block, self._targets)
                 collector, gradients = Collector(targets, full=True), _Gradients(targets, self.fisher)
                 while self._waiting(Back) == block:
                     self._each(Back, block, partial(self._backward, collector, gradients))
@@ -150,9 +119,7 @@ class StreamedGradients:
 
     def _start(self) -> None:
         self._weights.load(self._weights.outside(self._blocks))
-        for block in self._blocks:
-            module = self._model.get_submodule(block)
-            module.forward = partial(self._suspend, block, module.forward)
+        self._intercept(self._suspend)
         self._drivers = [
             Driver(partial(self._pass, index, batch), grad=True) for index, batch in enumerate(self._batches)
         ]
@@ -182,7 +149,7 @@ class StreamedGradients:
         if driver is None:
             return forward(*args, **kwargs)
         call = Call(block, args, kwargs)
-        inputs = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+        inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
         if not inputs:
             rows = args[0] if args and isinstance(args[0], Tensor) else next(iter(kwargs.values()), None)
             if not isinstance(rows, Tensor) or not rows.is_floating_point():
@@ -198,26 +165,8 @@ class StreamedGradients:
     def _waiting(self, kind: type[Call] | type[Back]) -> str | None:
         return next((d.call.block for d in self._drivers if isinstance(d.call, kind)), None)
 
-    def _hold(self, position: int) -> None:
-        call = self._drivers[position].call
-        tensors: list[Tensor] = []
-        if call is not None:
-            rows = self._batches[position].rows
-            shared = reachable_storages(self._model)
-            tensors = [t for t in _tensors(tuple(call)) if t.dim() > 1 and t.shape[0] == rows]
-            tensors = [t for t in tensors if t.untyped_storage()._cdata not in shared]
-        self._spill.suspend(position, tensors)
-
-    def _load(self, block: str) -> None:
-        if self._loaded == block:
-            return
-        if self._loaded is not None:
-            self._weights.unload(self._weights.under([self._loaded]))
-        self._weights.load(self._weights.under([block]))
-        self._loaded = block
-
     def _each(self, kind: type[Call] | type[Back], block: str, work: Callable[[Batch, Any], Any]) -> None:
-        last = not any(n == block or n.startswith(f"{block}.") for n in self._targets)
+        last = not within(block, self._targets)
         for position, (driver, batch) in enumerate(zip(self._drivers, self._batches, strict=True)):
             if not isinstance(driver.call, kind) or driver.call.block != block:
                 continue
@@ -235,13 +184,13 @@ class StreamedGradients:
 
     def _backward(self, collector: Collector, gradients: _Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
         encoder, main = batch.masks_for(back.block)
-        rows = Rows(main, encoder, _tensors((back.args, back.kwargs)))
+        rows = Rows(main, encoder, tensors_in((back.args, back.kwargs)))
         leaves = [t.detach().clone().requires_grad_() for t in back.inputs]
         swap = {id(t): leaf for t, leaf in zip(back.inputs, leaves, strict=True)}
         args, kwargs = _replaced((back.args, back.kwargs), swap)
         with torch.enable_grad(), collector.run(rows), gradients.run(rows):
             output = self._model.get_submodule(back.block)(*args, **kwargs)
-            outputs = [t for t in _tensors(output) if t.is_floating_point()]
+            outputs = [t for t in tensors_in(output) if t.is_floating_point()]
             pairs = [(t, g) for t, g in zip(outputs, back.gradients, strict=True) if g is not None and t.requires_grad]
             return torch.autograd.grad([t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
 
@@ -298,7 +247,7 @@ class _Passed(torch.autograd.Function):
         assert driver is not None
         output = driver.suspend(call)
         ctx.call, ctx.inputs = call, inputs
-        tensors = [t for t in _tensors(output) if t.is_floating_point()]
+        tensors = [t for t in tensors_in(output) if t.is_floating_point()]
         box.append(_structure(output))
         return tuple(tensors)
 
@@ -349,17 +298,6 @@ def _replaced(value: Any, swap: dict[int, Tensor]) -> Any:
     if type(value) is dict:
         return {k: _replaced(v, swap) for k, v in value.items()}
     return value
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Every tensor in lists, tuples and mappings, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for item in value.values() for t in _tensors(item)]
-    if isinstance(value, (list, tuple)):
-        return [t for item in value for t in _tensors(item)]
-    return []
 
 
 def _out_features(module: nn.Module) -> int:

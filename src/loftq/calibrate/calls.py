@@ -11,8 +11,13 @@ from loftq.calibrate.drivers import Call
 
 def tensors_of(call: Call) -> list[Tensor]:
     """The tensors that a block was called with, those inside lists and mappings too."""
+    return tensors_in((call.args, call.kwargs))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in lists, tuples and mappings, in order."""
     found: list[Tensor] = []
-    _collect((call.args, call.kwargs), found)
+    _collect(value, found)
     return found
 
 

@@ -13,35 +13,31 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq.calibrate.batches import Batch, make_batches
-from loftq.calibrate.blocks import Weights, build, find_blocks, head_name, return_memory
+from loftq.calibrate.batches import Batch
+from loftq.calibrate.blocks import find_blocks, head_name, return_memory
 from loftq.calibrate.calls import copied, tensors_of
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
 from loftq.calibrate.experts import ExpertCollector, check_experts
 from loftq.calibrate.groups import Group
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
-from loftq.calibrate.spill import Spill, reachable_storages
+from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
-from loftq.calibrate.trace import Collector, Trace, check_targets, grouped, in_features, watching
+from loftq.calibrate.trace import Collector, Trace, grouped, in_features, watching
 from loftq.checkpoint.source import Source
-from loftq.config import positive_int
 from loftq.errors import ConfigError, SourceError
 from loftq.solver.importance import InputStatistics
-
-Advance = Callable[[str, int], None]
 
 
 class _Reached(BaseException):
     """The inputs that were asked for have been seen; the rest of the block need not run."""
 
 
-class StreamedForward:
+class StreamedForward(Streamed):
     """Forward passes over a calibration text that hold one block of the model. A context manager.
 
     Args:
@@ -80,53 +76,23 @@ class StreamedForward:
         min_tokens: int | None = None,
         progress: Advance = lambda name, tokens: None,
     ) -> None:
-        positive_int("batch_tokens", batch_tokens)
-        positive_int("spill_bytes", spill_bytes, 0)
+        super().__init__(source, targets, tokens, batch_tokens, spill_bytes, dtype, progress)
         self.propagate = propagate
         self.full = full
         self.dtype = dtype
-        self.progress = progress
-        self.spilled_bytes = 0
-        self._model = build(source, dtype)
-        self._targets = check_targets(self._model, targets)
         self._experts = check_experts(self._model, experts)
         if propagate and self._experts:
             raise ConfigError("experts were given with propagate=True, expected one of the two")
-        self._batches = make_batches(self._model, tokens, batch_tokens)
-        self._weights = Weights(source, self._model, dtype)
         self._blocks = find_blocks(self._model, [*self._targets, *self._experts])
-        self._targets_of = {block: _within(block, self._targets) for block in self._blocks}
+        self._targets_of = {block: within(block, self._targets) for block in self._blocks}
         self._experts_of = {
             block: ExpertCollector(found, full=full, min_tokens=min_tokens)
             for block in self._blocks
-            if (found := _within(block, self._experts))
+            if (found := within(block, self._experts))
         }
         self.work = len(self._blocks) * sum(int(b.tokens) for b in self._batches) * (2 if propagate else 1)
-        self._spill = Spill(spill_bytes)
-        self._streams: list[list[Driver]] = []
         self._replaced: dict[str, Tensor] = {}
         self._open: set[str] = set()  # the layers that may be replaced now
-        self._shared: set[int] = set()
-        self._loaded: str | None = None
-
-    def __enter__(self) -> StreamedForward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the passes and remove what was spilled."""
-        try:
-            for stream in self._streams:
-                for driver in stream:
-                    driver.stop()  # it unwinds without a look at tensors whose storage may be empty
-        finally:
-            self._streams = []
-            self.spilled_bytes = self._spill.written
-            self._spill.close()
 
     def groups(self) -> Iterator[Group]:
         """The targets in forward order, those that share an input together; what was never reached comes last.
@@ -181,14 +147,10 @@ class StreamedForward:
         self._weights.load(self._weights.outside(skipped))
         if head:
             self._model.get_submodule(head).forward = _stop
-        for block in self._blocks:
-            module = self._model.get_submodule(block)
-            module.forward = partial(self._suspend, block, module.forward)
-        for _ in range(2 if self.propagate else 1):
-            stream = [Driver(partial(self._model, **batch.inputs)) for batch in self._batches]
-            offset = len(stream) * len(self._streams)
-            self._streams.append(stream)
-            start_all(stream, lambda position, offset=offset: self._hold(offset + position))  # type: ignore[misc]
+        self._intercept(self._suspend)
+        passes = 2 if self.propagate else 1
+        self._drivers = [Driver(partial(self._model, **batch.inputs)) for batch in self._batches * passes]
+        start_all(self._drivers, self._hold)
 
     @staticmethod
     def _suspend(block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -201,36 +163,14 @@ class StreamedForward:
 
     def _waiting(self) -> str | None:
         """The block in front of which the first unfinished pass waits."""
-        return next((d.call.block for stream in self._streams for d in stream if d.call is not None), None)
-
-    def _hold(self, position: int) -> None:
-        driver = self._driver(position)
-        tensors: list[Tensor] = []
-        if driver.call is not None:
-            rows = self._batches[position % len(self._batches)].rows
-            if position == 0:  # the walk takes milliseconds, and what a model caches it has cached by then
-                self._shared = reachable_storages(self._model)
-            tensors = [t for t in tensors_of(driver.call) if t.dim() > 1 and t.shape[0] == rows]
-            tensors = [t for t in tensors if t.untyped_storage()._cdata not in self._shared]
-        self._spill.suspend(position, tensors)
-
-    def _driver(self, position: int) -> Driver:
-        return self._streams[position // len(self._batches)][position % len(self._batches)]
+        return next((d.call.block for d in self._drivers if d.call is not None), None)
 
     @contextmanager
     def _held(self, position: int) -> Iterator[Driver]:
         """A pass whose tensors are in memory."""
         self._spill.restore(position)
-        yield self._driver(position)
+        yield self._drivers[position]
         self._hold(position)
-
-    def _load(self, block: str) -> None:
-        if self._loaded == block:
-            return
-        if self._loaded is not None:
-            self._weights.unload(self._weights.under([self._loaded]))
-        self._weights.load(self._weights.under([block]))
-        self._loaded = block
 
     # --- one block
 
@@ -246,7 +186,7 @@ class StreamedForward:
         """Run the block for every batch that waits in front of it."""
         for index, batch in enumerate(self._batches):
             position = stream * len(self._batches) + index
-            driver = self._driver(position)
+            driver = self._drivers[position]
             if driver.call is None or driver.call.block != block:
                 continue
             with self._held(position):
@@ -293,7 +233,8 @@ class StreamedForward:
 
         A target that the first batch does not call is a group of its own, with an unknown number of calls.
         """
-        index = next(i for i, d in enumerate(self._streams[0]) if d.call is not None and d.call.block == block)
+        calls_of = [driver.call for driver in self._drivers[: len(self._batches)]]
+        index = next(i for i, call in enumerate(calls_of) if call is not None and call.block == block)
         trace = Trace()
         with self._held(index) as driver, watching(targets, lambda name, x: _ignore(trace.enter(name, x))):
             assert driver.call is not None
@@ -353,10 +294,6 @@ class StreamedForward:
         finally:
             for name, original in originals.items():
                 self._targets[name]._parameters["weight"] = original
-
-
-def _within(block: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {n: m for n, m in modules.items() if n == block or n.startswith(f"{block}.")}
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
