@@ -71,7 +71,7 @@ def test_calibration_beats_weight_only_and_qera(calibrated, stories_dir, train, 
 
 def test_saved_statistics_give_the_same_folder(calibrated, stories_dir, train, tmp_path):
     out, _ = calibrated
-    statistics = collect_statistics(stories_dir, config(train), gradients=True, progress=False)
+    statistics = collect_statistics(stories_dir, config(train), progress=False)
     statistics.save(tmp_path / "statistics.safetensors")
     again = tmp_path / "again"
     loftq.quantize_checkpoint(
@@ -114,7 +114,7 @@ def test_propagation_lowers_the_perplexity(stories_dir, train, evaluation, tmp_p
     found = {}
     for propagate in (False, True):
         out = tmp_path / str(propagate)
-        chosen = config(train, propagate=propagate, calibration_gradients=False)
+        chosen = config(train, propagate=propagate, calibration_gradients=0)
         loftq.quantize_checkpoint(stories_dir, out, chosen, progress=False)
         found[propagate] = score(out, evaluation)
     assert found[True] < found[False]

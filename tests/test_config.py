@@ -54,7 +54,7 @@ configs = st.builds(
     damping=st.none() | st.floats(0, 1),
     calibration=st.sampled_from(["auto", "pydoc", "text.txt", None]),
     calibration_samples=st.integers(1, 9),
-    calibration_gradients=st.booleans(),
+    calibration_gradients=st.integers(0, 9),
     propagate=st.booleans(),
     seed=st.integers(0, 2**32),
 )
@@ -170,7 +170,7 @@ INVALID_CONFIG = [
     ("calibration", 3),
     ("calibration_samples", 0),
     ("calibration_length", 1),
-    ("calibration_gradients", "no"),
+    ("calibration_gradients", -1),
     ("propagate", 1),
     ("plan", ""),
     ("target_modules", []),

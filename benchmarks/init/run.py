@@ -4,13 +4,14 @@
     python benchmarks/init/run.py smollm2 --methods loftq,cloq --bits 2
     python benchmarks/init/run.py --plots-only          # pictures again, from the results
 
-Blocks of 64, all linear layers. An interrupted run continues when the same command is run again.
+Blocks of 64, all linear layers. Gradients are taken on 32 of the windows. An
+interrupted run continues when the same command is run again.
 
 | model | rank | calibration | measured on |
 |---|---|---|---|
-| smollm2 (SmolLM2-135M-Instruct) | 32 | C4, 32 × 512 tokens | WikiText-2 raw test, first 16,384 tokens, windows of 1,024 |
-| stories (stories260K) | 8 | its `train` ids, 32 × 256 | its `eval` ids, windows of 256 |
-| minilm (all-MiniLM-L6-v2) | 32 | C4, 32 × 256 tokens | weight and output error only, since it predicts no next token |
+| smollm2 (SmolLM2-135M-Instruct) | 32 | C4, 128 × 512 tokens | WikiText-2 raw test, first 16,384 tokens, windows of 1,024 |
+| stories (stories260K) | 8 | its `train` ids, 128 × 256 | its `eval` ids, windows of 256 |
+| minilm (all-MiniLM-L6-v2) | 32 | C4, 128 × 256 tokens | weight and output error only, since it predicts no next token |
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ BENCHMARKS = {
         {
             "rank": 32,
             "calibration": str(C4),
-            "calibration_samples": 32,
+            "calibration_samples": 128,
             "calibration_length": 512,
             "text": str(DATA / "wikitext2" / "wiki.test.raw"),
             "max_tokens": 16384,
@@ -82,7 +83,7 @@ BENCHMARKS = {
         {
             "rank": 8,
             "calibration": f"{DATA / 'stories260K' / 'tokens.safetensors'}:train",
-            "calibration_samples": 32,
+            "calibration_samples": 128,
             "calibration_length": 256,
             "text": f"{DATA / 'stories260K' / 'tokens.safetensors'}:eval",
             "max_tokens": None,
@@ -92,7 +93,7 @@ BENCHMARKS = {
     "minilm": Benchmark(
         "all-MiniLM-L6-v2, rank 32",
         minilm_dir,
-        {"rank": 32, "calibration": str(C4), "calibration_samples": 32, "calibration_length": 256},
+        {"rank": 32, "calibration": str(C4), "calibration_samples": 128, "calibration_length": 256},
     ),
 }
 

@@ -75,7 +75,7 @@ class Comparison:
     block_size: int = 64
     seed: int = 0
     calibration: str | None = None
-    calibration_samples: int = 32
+    calibration_samples: int = 128
     calibration_length: int = 512
     text: str = "pydoc"
     max_tokens: int | None = 16384
@@ -351,5 +351,5 @@ def float_statistics(settings: Comparison, source: Source) -> Statistics:
         seed=settings.seed,
     )
     head = meta_model(source.config()).get_output_embeddings()
-    fisher = any(method_named(name).needs_gradients for name in settings.methods)
-    return collect_statistics(source, config, gradients=head is not None, fisher=fisher)
+    fisher = head is not None and any(method_named(name).needs_gradients for name in settings.methods)
+    return collect_statistics(source, config, fisher=fisher)

@@ -148,8 +148,8 @@ class LoftQConfig:
             Python carries) or ``self`` (the model's own); see :func:`loftq.calibrate.text.calibration_tokens`. ``auto`` is
             ``pydoc`` for causal language models with a tokenizer and nothing for others; ``None`` is weight-only.
         calibration_samples, calibration_length: windows of the text and their tokens.
-        calibration_gradients: weigh the errors of a layer's outputs by how much the model's own loss depends on them, which
-            takes a backward pass over the calibration text, three times the work of a forward pass.
+        calibration_gradients: on how many of the windows to run a backward pass, three times the work of a forward pass, in
+            order to weigh the errors of a layer's outputs by how much the model's own loss depends on them; 0 for none.
         propagate: calibrate each layer behind the quantized layers before it rather than in the original model; without
             gradients.
         plan: file that ``loftq plan`` has written; it decides bits, block size and rank of every module.
@@ -177,9 +177,9 @@ class LoftQConfig:
     first_layers_bits: tuple[int, int] | None = None
     quantize_embeddings: bool = False
     calibration: str | None = "auto"
-    calibration_samples: int = 32
+    calibration_samples: int = 128
     calibration_length: int = 512
-    calibration_gradients: bool = True
+    calibration_gradients: int = 32
     propagate: bool = False
     plan: str | None = None
     seed: int = 0
@@ -195,6 +195,7 @@ class LoftQConfig:
         check_damping(self.damping)
         positive_int("calibration_samples", self.calibration_samples)
         positive_int("calibration_length", self.calibration_length, 2)
+        positive_int("calibration_gradients", self.calibration_gradients, 0)
         for name in ("calibration", "plan"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
@@ -202,7 +203,6 @@ class LoftQConfig:
             elif value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {value!r}, expected a name, a path or None")
         is_bool("propagate", self.propagate)
-        is_bool("calibration_gradients", self.calibration_gradients)
         is_bool("use_rslora", self.use_rslora)
         is_bool("quantize_embeddings", self.quantize_embeddings)
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:

@@ -158,7 +158,10 @@ def run(
     statistics = work_dir / STATISTICS
     window: int = results["text"]["window"]
     calibration = LoftQConfig(
-        calibration=BUILTIN, calibration_samples=_CALIBRATION_WINDOWS, calibration_length=min(512, window)
+        calibration=BUILTIN,
+        calibration_samples=_CALIBRATION_WINDOWS,
+        calibration_length=min(512, window),
+        calibration_gradients=0,
     )
     collect_statistics(source, calibration).save(statistics)
     for variant in VARIANTS:

@@ -1,10 +1,12 @@
 """What the model listens to: gradients in every layer's outputs, with one block of the model in memory at a time.
 
-A forward pass stops in front of every block, as in :mod:`loftq.calibrate.forward`, and so does the backward pass, in the
-opposite order: there a block is run once more with its weights, for its inputs' moments and the gradients in its layers'
-outputs. The loss is the cross entropy against tokens drawn from the model's own distribution, whose gradients g have the
-Fisher information as their second moment: to second order, an error e of a layer's output raises the model's divergence
-from itself by ``½ eᵀ E[g gᵀ] e``.
+A forward pass stops in front of every block, as in :mod:`loftq.calibrate.forward`, and collects the moments of its layers'
+inputs. So does the backward pass, in the opposite order: there a block is run once more with its weights, for the gradients
+in its layers' outputs. A window costs three times as much with its backward pass as without, and the inputs' moments gain
+more from many windows than the gradients' do: so the backward pass may run on some of the windows only. The loss is the
+cross entropy against tokens drawn from the model's own distribution, whose gradients g have the Fisher information as
+their second moment: to second order, an error e of a layer's output raises the model's divergence from itself by
+``½ eᵀ E[g gᵀ] e``.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loftq.calibrate.batches import Batch
+from loftq.calibrate.batches import Batch, make_batches
 from loftq.calibrate.blocks import find_blocks, head_name
 from loftq.calibrate.calls import tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
-from loftq.calibrate.groups import Group
+from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
 from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, in_features
 from loftq.checkpoint.source import Source
+from loftq.config import positive_int
 from loftq.errors import SourceError
 from loftq.modules.linear import is_transposed
 from loftq.solver.importance import InputStatistics
@@ -45,6 +48,13 @@ class Back(NamedTuple):
     gradients: tuple[Tensor | None, ...]
 
 
+class _Inputs(NamedTuple):
+    """What a block's layers get: names of layers with one input, and its statistics."""
+
+    key: int
+    groups: list[tuple[tuple[str, ...], InputStatistics]]
+
+
 class StreamedGradients(Streamed):
     """One forward and one backward pass over a calibration text that hold one block of the model. A context manager.
 
@@ -52,6 +62,7 @@ class StreamedGradients(Streamed):
         source: the model; its forward must give ``logits``.
         targets: names of linear layers whose statistics are wanted.
         tokens: the text.
+        windows: how many of the text's windows the backward pass runs on, spread evenly; ``None`` for all.
         fisher: the means of the square root of the diagonal Fisher information per row and column as well (LQ-LoRA).
         batch_tokens: windows are run together up to this many tokens.
         spill_bytes: activations that wait beyond this many bytes are written to a temporary folder.
@@ -71,6 +82,7 @@ class StreamedGradients(Streamed):
         targets: Collection[str],
         tokens: CalibrationTokens,
         *,
+        windows: int | None = None,
         fisher: bool = False,
         batch_tokens: int = 1024,
         spill_bytes: int = 2_000_000_000,
@@ -78,42 +90,71 @@ class StreamedGradients(Streamed):
         seed: int = 0,
         progress: Advance = lambda name, tokens: None,
     ) -> None:
-        super().__init__(source, targets, tokens, batch_tokens, spill_bytes, dtype, progress)
+        positive_int("windows", 1 if windows is None else windows)
+        chosen, others = tokens.parted(tokens.ids.shape[0] if windows is None else windows)
+        super().__init__(source, targets, chosen, batch_tokens, spill_bytes, dtype, progress)
         self.fisher = fisher
         self.seed = seed
-        head = head_name(self._model, self._targets)
-        self._blocks = [*find_blocks(self._model, self._targets), *([head] if head else [])]
-        self.work = 2 * len(self._blocks) * sum(int(b.tokens) for b in self._batches)
+        self._differentiated = len(self._batches)
+        self._batches += [] if others is None else make_batches(self._model, others, batch_tokens)
+        self._head = head_name(self._model, self._targets)
+        self._blocks = find_blocks(self._model, self._targets)
+        self.work = len(self._blocks) * sum(int(b.tokens) for b in self._batches)
+        self._blocks += [self._head] if self._head else []
+        self.work += (len(self._blocks) + bool(self._head)) * sum(
+            b.tokens for b in self._batches[: self._differentiated]
+        )
 
     def groups(self) -> Iterator[Group]:
         """Every target, a group each, in the order of the backward pass: the last block first.
 
-        Layers that share an input share the factors computed from it. What was never reached comes last.
+        Layers that share an input share the factors computed from it. Those that no gradient reaches come later, and what
+        was never reached comes last.
         """
         unreached = dict(self._targets)
+        inputs: dict[str, _Inputs] = {}
         self._start()
         try:
             while (block := self._waiting(Call)) is not None:
+                if block in inputs:
+                    raise SourceError(
+                        f"{block} runs again after other blocks, expected every block once or several times in a row; "
+                        f"leave its layers out of the calibration"
+                    )
                 self._load(block)
-                self._each(Call, block, self._forward)
+                collector = Collector(within(block, self._targets), full=True)
+                while self._waiting(Call) == block:
+                    self._each(Call, block, partial(self._forward, collector))
+                inputs[block] = self._put_away(collector)
             while (block := self._waiting(Back)) is not None:
                 self._load(block)
-                targets = within(block, self._targets)
-                collector, gradients = Collector(targets, full=True), _Gradients(targets, self.fisher)
+                gradients = _Gradients(within(block, self._targets), self.fisher)
                 while self._waiting(Back) == block:
-                    self._each(Back, block, partial(self._backward, collector, gradients))
-                for names, statistics in collector.results() if targets else ():
-                    for name in names:
-                        if unreached.pop(name, None) is None:
-                            raise SourceError(
-                                f"{name} is used again after other blocks, expected once or several times in a row; leave "
-                                f"it out of the calibration"
-                            )
-                        yield Group((name,), partial(gradients.joined, name, statistics))
+                    self._each(Back, block, partial(self._backward, gradients))
+                for name, statistics in self._fetch(inputs.pop(block)):
+                    del unreached[name]
+                    yield Group((name,), partial(gradients.joined, name, statistics))
+            for found in inputs.values():
+                for name, statistics in self._fetch(found):
+                    del unreached[name]
+                    yield Group((name,), partial(identity, statistics))
         finally:
             self.close()
         for name, module in unreached.items():
             yield Group((name,), partial(unseen, in_features(module)))
+
+    def _put_away(self, collector: Collector) -> _Inputs:
+        """The moments of a block's inputs wait for the backward pass, on disk if memory is short."""
+        found = _Inputs(self._spill.new_key(), collector.results() if collector.modules else [])
+        self._spill.suspend(found.key, [statistics.second_moment for _, statistics in found.groups])
+        return found
+
+    def _fetch(self, found: _Inputs) -> Iterator[tuple[str, InputStatistics]]:
+        self._spill.restore(found.key)
+        self._spill.drop(found.key)
+        for names, statistics in found.groups:
+            for name in names:
+                yield name, statistics
 
     # --- the passes
 
@@ -121,7 +162,10 @@ class StreamedGradients(Streamed):
         self._weights.load(self._weights.outside(self._blocks))
         self._intercept(self._suspend)
         self._drivers = [
-            Driver(partial(self._pass, index, batch), grad=True) for index, batch in enumerate(self._batches)
+            Driver(partial(self._pass, index, batch), grad=True)
+            if index < self._differentiated
+            else Driver(partial(self._model, **batch.inputs))
+            for index, batch in enumerate(self._batches)
         ]
         start_all(self._drivers, self._hold)
 
@@ -149,6 +193,10 @@ class StreamedGradients(Streamed):
         if driver is None:
             return forward(*args, **kwargs)
         call = Call(block, args, kwargs)
+        if not torch.is_grad_enabled():
+            if block == self._head:
+                raise Stop
+            return driver.suspend(call)
         inputs = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
         if not inputs:
             rows = args[0] if args and isinstance(args[0], Tensor) else next(iter(kwargs.values()), None)
@@ -174,21 +222,26 @@ class StreamedGradients(Streamed):
             driver.resume(work(batch, driver.call))
             if kind is Call and last and isinstance(driver.call, Back) and driver.call.block == block:
                 # The head: its backward pass follows at once, so that one batch's logits are in memory and not all.
-                driver.resume(self._backward(Collector({}, full=True), _Gradients({}, False), batch, driver.call))
+                driver.resume(self._backward(_Gradients({}, False), batch, driver.call))
             self._hold(position)
             self.progress(block, batch.tokens)
 
     @torch.no_grad()
-    def _forward(self, batch: Batch, call: Call) -> Any:
-        return self._model.get_submodule(call.block)(*call.args, **call.kwargs)
+    def _forward(self, collector: Collector, batch: Batch, call: Call) -> Any:
+        with collector.run(self._rows(batch, call.block, (call.args, call.kwargs))):
+            return self._model.get_submodule(call.block)(*call.args, **call.kwargs)
 
-    def _backward(self, collector: Collector, gradients: _Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
-        encoder, main = batch.masks_for(back.block)
-        rows = Rows(main, encoder, tensors_in((back.args, back.kwargs)))
+    @staticmethod
+    def _rows(batch: Batch, block: str, arguments: Any) -> Rows:
+        encoder, main = batch.masks_for(block)
+        return Rows(main, encoder, tensors_in(arguments))
+
+    def _backward(self, gradients: _Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
+        rows = self._rows(batch, back.block, (back.args, back.kwargs))
         leaves = [t.detach().clone().requires_grad_() for t in back.inputs]
         swap = {id(t): leaf for t, leaf in zip(back.inputs, leaves, strict=True)}
         args, kwargs = _replaced((back.args, back.kwargs), swap)
-        with torch.enable_grad(), collector.run(rows), gradients.run(rows):
+        with torch.enable_grad(), gradients.run(rows):
             output = self._model.get_submodule(back.block)(*args, **kwargs)
             outputs = [t for t in tensors_in(output) if t.is_floating_point()]
             pairs = [(t, g) for t, g in zip(outputs, back.gradients, strict=True) if g is not None and t.requires_grad]

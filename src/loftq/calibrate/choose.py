@@ -49,7 +49,7 @@ class Inputs:
     statistics: Statistics | None = None
     source: Source | None = None
     tokens: CalibrationTokens | None = None
-    gradients: bool = False
+    gradients: int = 0
     fisher: bool = False
     seed: int = 0
     _forward: StreamedForward | None = field(default=None, init=False)
@@ -66,7 +66,7 @@ class Inputs:
             assert self.tokens is not None
             if self.gradients:
                 with StreamedGradients(
-                    self.source, self.targets, self.tokens, fisher=self.fisher, seed=self.seed
+                    self.source, self.targets, self.tokens, windows=self.gradients, fisher=self.fisher, seed=self.seed
                 ) as backward:
                     yield backward.groups()
                 return
@@ -186,15 +186,16 @@ def calibrated(
     )
 
 
-def _gradients(model: nn.Module, config: LoftQConfig, method: Method) -> bool:
-    """Whether the backward pass runs as well: where the method makes use of it, unless switched off."""
+def _gradients(model: nn.Module, config: LoftQConfig, method: Method) -> int:
+    """On how many windows the backward pass runs: on none where the method makes no use of it."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if method.needs_gradients and (head is None or config.propagate):
+    if method.needs_gradients and (head is None or config.propagate or not config.calibration_gradients):
         raise ConfigError(
-            f"method {config.method!r} works on gradients, expected a language model calibrated without --propagate"
+            f"method {config.method!r} works on gradients, expected a language model calibrated with them and without "
+            f"--propagate"
         )
-    wanted = method.row_damping is not None and config.calibration_gradients
-    return method.needs_gradients or (wanted and head is not None and not config.propagate)
+    wanted = method.needs_gradients or method.row_damping is not None
+    return config.calibration_gradients if wanted and head is not None and not config.propagate else 0
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -232,12 +233,13 @@ def collect_statistics(
     config: LoftQConfig,
     *,
     full: bool = True,
-    gradients: bool = False,
     fisher: bool = False,
     revision: str | None = None,
     progress: bool = True,
 ) -> Statistics:
     """The statistics of the inputs of every layer that ``config`` selects, on its calibration text.
+
+    With ``full`` moments, of a language model and unless ``config.calibration_gradients`` is 0 there are gradients too.
 
     Raises:
         SourceError, ConfigError: see the message.
@@ -249,8 +251,9 @@ def collect_statistics(
     opened = open_source(source, revision) if isinstance(source, (str, Path)) else source
     model = meta_model(opened.config())
     plans = plan_modules(model, config)
-    inputs = calibrated(opened, model, plans, config.replace(method="qera"), {}, None, lambda sentence: None)
+    config = config.replace(method="lq-lora" if fisher else "loftq-data" if full else "qera-approx")
+    inputs = calibrated(opened, model, plans, config, {}, None, lambda sentence: None)
     assert inputs.tokens is not None
     return collect(
-        opened, inputs.targets, inputs.tokens, full=full, gradients=gradients, fisher=fisher, progress=progress
+        opened, inputs.targets, inputs.tokens, full=full, gradients=inputs.gradients, fisher=fisher, progress=progress
     )

@@ -18,12 +18,14 @@ from loftq.calibrate.statistics import Statistics
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, check_targets, in_features
 from loftq.checkpoint.source import Source, open_source, sha256_file
+from loftq.config import positive_int
+from loftq.errors import ConfigError
 from loftq.solver.importance import InputStatistics
 
 Advance = Callable[[str, int], None]
 
 
-def describe(tokens: CalibrationTokens, full: bool, gradients: bool = False) -> dict[str, Any]:
+def describe(tokens: CalibrationTokens, full: bool, gradients: int = 0) -> dict[str, Any]:
     """What statistics say of the text they come from."""
     windows, length = tokens.ids.shape
     return {
@@ -43,7 +45,7 @@ def collect(
     tokens: CalibrationTokens,
     *,
     full: bool = True,
-    gradients: bool = False,
+    gradients: int = 0,
     fisher: bool = False,
     batch_tokens: int = 2048,
     spill_bytes: int = 2_000_000_000,
@@ -55,7 +57,7 @@ def collect(
         source: folder with safetensors, ``.gguf`` file, hub id, or an opened source.
         targets: names of linear layers.
         tokens, full, batch_tokens, spill_bytes: see :class:`StreamedForward`.
-        gradients: run the backward pass as well, for ``loftq-data``; see
+        gradients: on how many windows to run the backward pass as well, for ``loftq-data``; see
             :class:`loftq.calibrate.backward.StreamedGradients`. Second moments are then full.
         fisher: with the gradients the diagonal Fisher information too, for LQ-LoRA.
         progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, tokens)``.
@@ -66,8 +68,12 @@ def collect(
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     layers: dict[str, InputStatistics] = {}
     forward: StreamedForward | StreamedGradients
-    if gradients or fisher:
-        forward, full = StreamedGradients(opened, targets, tokens, fisher=fisher, spill_bytes=spill_bytes), True
+    positive_int("gradients", gradients, 0)
+    if fisher and not gradients:
+        raise ConfigError("fisher was asked for with gradients=0, expected windows to run the backward pass on")
+    if gradients:
+        forward = StreamedGradients(opened, targets, tokens, windows=gradients, fisher=fisher, spill_bytes=spill_bytes)
+        full = True
     else:
         forward = StreamedForward(
             opened, targets, tokens, full=full, batch_tokens=batch_tokens, spill_bytes=spill_bytes
@@ -76,9 +82,7 @@ def collect(
         for group in forward.groups():
             layers.update(dict.fromkeys(group.names, group.statistics()))
     layers = {name: layers[name] for name in targets}
-    return Statistics(
-        layers, describe(tokens, full, gradients or fisher), {f.name: sha256_file(f) for f in opened.files}
-    )
+    return Statistics(layers, describe(tokens, full, gradients), {f.name: sha256_file(f) for f in opened.files})
 
 
 @torch.no_grad()

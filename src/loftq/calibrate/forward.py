@@ -23,7 +23,7 @@ from loftq.calibrate.blocks import find_blocks, head_name, return_memory
 from loftq.calibrate.calls import copied, tensors_of
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
 from loftq.calibrate.experts import ExpertCollector, check_experts
-from loftq.calibrate.groups import Group
+from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
 from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
@@ -208,9 +208,9 @@ class StreamedForward(Streamed):
         while self._waiting() == block:
             self._pass(block, 0, collectors)
         for names, statistics in collector.results():
-            yield Group(names, partial(_identity, statistics))
+            yield Group(names, partial(identity, statistics))
         for name, (together, each) in experts.results().items() if experts is not None else ():
-            yield Group((name,), partial(_identity, together), each)
+            yield Group((name,), partial(identity, together), each)
 
     def _paired(self, block: str, targets: dict[str, nn.Module]) -> Iterator[Group]:
         if targets:
@@ -302,10 +302,6 @@ def _stop(*args: Any, **kwargs: Any) -> Any:
 
 def _ignore(value: object) -> None:
     return None
-
-
-def _identity(value: InputStatistics) -> InputStatistics:
-    return value
 
 
 def _too_late() -> InputStatistics:

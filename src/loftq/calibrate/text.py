@@ -63,6 +63,16 @@ class CalibrationTokens:
         digest.update(mask.numpy().tobytes())
         return cls(ids, mask, name, digest.hexdigest())
 
+    def parted(self, windows: int) -> tuple[CalibrationTokens, CalibrationTokens | None]:
+        """That many of the windows, spread evenly, and the others; ``None`` if there are none."""
+        count = self.ids.shape[0]
+        chosen = torch.zeros(count, dtype=torch.bool)
+        chosen[_spread(count, windows)] = True
+        parts = [
+            CalibrationTokens.of(self.ids[kept], self.mask[kept], self.name) for kept in (chosen, ~chosen) if kept.any()
+        ]
+        return parts[0], parts[1] if len(parts) > 1 else None
+
 
 def calibration_tokens(
     name: str,

@@ -17,11 +17,12 @@ def calibrate(
     calibration: Annotated[
         str, typer.Option(help="UTF-8 or JSONL file, hub dataset, pydoc, self, or FILE.safetensors:KEY with token ids.")
     ] = "pydoc",
-    samples: Annotated[int, typer.Option("--calibration-samples", help="Windows of text.")] = 32,
+    samples: Annotated[int, typer.Option("--calibration-samples", help="Windows of text.")] = 128,
     length: Annotated[int, typer.Option("--calibration-length", help="Tokens of a window.")] = 512,
     gradients: Annotated[
-        bool, typer.Option(help="The gradients in the layers' outputs as well, for loftq-data.")
-    ] = True,
+        int,
+        typer.Option("--calibration-gradients", help="Windows to run a backward pass on, for loftq-data; 0 for none."),
+    ] = 32,
     fisher: Annotated[
         bool, typer.Option("--fisher", help="The diagonal Fisher information as well, for lq-lora.")
     ] = False,
@@ -39,17 +40,16 @@ def calibrate(
     from loftq.errors import ConfigError
 
     targets = parse.module_patterns(["all-linear"] if target_modules is None else target_modules) or ()
+    if diagonal and fisher:
+        raise ConfigError("--diagonal and --fisher were both given, expected one: gradients come with full moments")
     config = LoftQConfig(
         target_modules=targets,
         calibration=calibration,
         calibration_samples=samples,
         calibration_length=length,
+        calibration_gradients=gradients,
         seed=seed,
     )
-    if diagonal and fisher:
-        raise ConfigError("--diagonal and --fisher were both given, expected one: gradients come with full moments")
-    statistics = collect_statistics(
-        model, config, full=not diagonal, gradients=gradients and not diagonal, fisher=fisher, revision=revision
-    )
+    statistics = collect_statistics(model, config, full=not diagonal, fisher=fisher, revision=revision)
     statistics.save(out)
     typer.echo(f"statistics of the inputs of {len(statistics)} layers in {out}")

@@ -26,7 +26,7 @@ def compare(
         str | None,
         typer.Option(help="Text for the methods and the output error: a file, `pydoc`, FILE.safetensors:KEY."),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of the calibration text.")] = 32,
+    calibration_samples: Annotated[int, typer.Option(help="Windows of the calibration text.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
     text: Annotated[str, typer.Option(help="Text to measure on: a file, `pydoc`, FILE.safetensors:KEY.")] = "pydoc",
     max_tokens: Annotated[int, typer.Option(help="Measure on the text's first tokens only.")] = 16384,

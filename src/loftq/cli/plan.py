@@ -64,9 +64,11 @@ def plan(
     calibration: Annotated[
         str | None, typer.Option(help="Text, as for `loftq quantize`.", show_default="pydoc for causal language models")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    calibration_gradients: Annotated[bool, typer.Option(help="Count what errors do to the model's loss.")] = True,
+    calibration_gradients: Annotated[
+        int, typer.Option(help="Windows to run a backward pass on: what errors do to the model's loss; 0 for none.")
+    ] = 32,
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="The weights' errors count.")] = False,
     statistics: Annotated[Path | None, typer.Option(help="File of `loftq calibrate`, instead of a text.")] = None,
     damping: Annotated[

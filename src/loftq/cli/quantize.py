@@ -42,11 +42,11 @@ def quantize(
             show_default="pydoc for causal language models",
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     calibration_gradients: Annotated[
-        bool, typer.Option(help="Weigh a layer's outputs by the gradients of the model's loss: a backward pass.")
-    ] = True,
+        int, typer.Option(help="Windows to run a backward pass on: what errors do to the model's loss; 0 for none.")
+    ] = 32,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Weight-only: every error of a weight counts alike.")
     ] = False,
