@@ -184,10 +184,13 @@ def decode():
 def test_reference_decoder(decode, bits, codebook):
     """Bit for bit: both compute (codebook + offset) * scale in float32."""
     weight = torch.randn(9, 128, generator=torch.Generator().manual_seed(bits))
-    for columns, double_quant, dtype in itertools.product((1, 70, 128), (False, True), ("float16", "float32")):
+    for columns, double_quant, dtype in itertools.product(
+        (1, 70, 128), (False, True), ("float16", "float32", "bfloat16")
+    ):
         spec = loftq.QuantSpec(bits=bits, codebook=codebook, double_quant=double_quant, scale_dtype=dtype)
         stored = loftq.decompose(weight[:, :columns], spec, rank=1, num_iter=0).quantized
-        tensors = {name: tensor.numpy() for name, tensor in stored.state_dict().items()}
+        bits_of = {n: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for n, t in stored.state_dict().items()}
+        tensors = {name: tensor.numpy() for name, tensor in bits_of.items()}
         actual = decode(tensors, bits, spec.block_size, columns)
         np.testing.assert_array_equal(actual, stored.dequantize().numpy(), err_msg=f"{columns} columns, {spec}")
 

@@ -14,7 +14,7 @@ from loftq.errors import ConfigError
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256)
-CODEBOOKS = ("nf", "nf-sym", "uniform", "uniform-sym", "lloyd")
+CODEBOOKS = ("nf", "nf-sym", "uniform", "uniform-sym", "lloyd", "lloyd-channel")
 SCALES = ("absmax", "search")
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 SVDS = ("auto", "exact", "block")
@@ -84,7 +84,8 @@ class QuantSpec:
         bits: width of a code, 2, 3, 4 or 8.
         codebook: ``nf`` (NormalFloat as published with QLoRA, asymmetric with an exact 0), ``nf-sym`` (symmetric),
             ``uniform`` (affine between the block's minimum and maximum), ``uniform-sym`` (evenly spaced, symmetric
-            about 0), ``lloyd`` (levels fitted to the matrix).
+            about 0), ``lloyd`` (levels fitted to the matrix), ``lloyd-channel`` (levels fitted to each row, that is output
+            channel, stored in bfloat16: 16 * 2^bits / in_features bits per weight more).
         block_size: elements of a row that share one scale, 32, 64, 128 or 256. The last block of a row may be shorter.
         scale: ``absmax`` (published) or ``search`` (least squared error, codes and scale fitted to each other).
         scale_dtype: dtype in which scales are stored: ``float32`` (published), ``float16``, ``bfloat16``.

@@ -9,11 +9,13 @@ from tiny import CLASSES, densify, first_output, tiny_model
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("bits", [2, 4])
-def test_loaded_equals_dense(name, bits, tmp_path):
+@pytest.mark.parametrize(("bits", "codebook"), [(2, "lloyd"), (4, "lloyd"), (3, "lloyd-channel")])
+def test_loaded_equals_dense(name, bits, codebook, tmp_path):
     original = tiny_model(name)
     original.save_pretrained(tmp_path / "source")
-    config = loftq.LoftQConfig(bits=bits, rank=8, num_iter=2)
+    # rows are looked up with their own levels; the other models' heads share the table
+    embeddings = codebook == "lloyd-channel" and name in ("llama", "bert", "deberta-v2")
+    config = loftq.LoftQConfig(bits=bits, rank=8, num_iter=2, codebook=codebook, quantize_embeddings=embeddings)
     report = loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", config)
     loaded = loftq.load(tmp_path / "out")
     packed = [n for n, m in loaded.named_modules() if isinstance(m, PackedWeight)]

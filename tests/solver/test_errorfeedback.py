@@ -46,9 +46,9 @@ def grid_of(quantized: QuantizedTensor) -> np.ndarray:
     """(out, in, levels) all values that the elements may have under the stored scales, float64."""
     block_size, n = quantized.spec.block_size, quantized.shape[1]
     scale = quantized.scale().double().repeat_interleave(block_size, 1)[:, :n, None]
-    levels = quantized.tensors["weight_codebook"].double()
+    levels = quantized.tensors["weight_codebook"].double().expand(quantized.shape[0], -1)[:, None]
     zero = quantized.zero()
-    offset = 0.0 if zero is None else zero.double().repeat_interleave(block_size, 1)[:, :n, None] * levels[1]
+    offset = 0.0 if zero is None else zero.double().repeat_interleave(block_size, 1)[:, :n, None] * levels[..., 1:2]
     return (scale * (levels + offset)).numpy()
 
 
@@ -152,7 +152,7 @@ def test_descent_never_raises_the_objective(rows, n, seed, spec, power, damping)
 def test_descent_ends_where_no_single_code_helps(rows, n, seed, spec, refit):
     weight, hessian = gaussian(rows, n, seed), full_metric(correlated(n, seed)).hessian
     plain = quantize(weight, spec)
-    levels, zero, scale = plain.tensors["weight_codebook"], plain.zero(), plain.scale().clone()
+    levels, zero, scale = plain.tensors["weight_codebook"].float(), plain.zero(), plain.scale().clone()
     codes, dense = plain.codes(), plain.dequantize()
     constants = (zero, levels, thresholds(levels), spec.block_size)
     if refit:
@@ -168,8 +168,10 @@ def test_descent_ends_where_no_single_code_helps(rows, n, seed, spec, refit):
         pytest.fail("codes still change after 50 sweeps")
 
     spread = scale.double().repeat_interleave(spec.block_size, 1)[:, :n, None]
-    offset = 0.0 if zero is None else zero.double().repeat_interleave(spec.block_size, 1)[:, :n, None] * levels[1]
-    values = spread * (levels.double() + offset)
+    offset = (
+        0.0 if zero is None else zero.double().repeat_interleave(spec.block_size, 1)[:, :n, None] * levels[..., 1:2]
+    )
+    values = spread * (levels.double().expand(rows, -1)[:, None] + offset)
     current = values.gather(2, codes.long()[..., None])
     error = weight.double() - current[..., 0]
     # |E P|² changes by h_jj step² - 2 step (E H)_j when element j goes up by step

@@ -86,7 +86,7 @@ def _search_factors(spec: QuantSpec, device: torch.device) -> Tensor:
     factors = torch.linspace(lowest, 1.0, count)
     # A negative scale mirrors the codebook: a free choice per block where the codebook is not its own mirror image.
     # Not with double quantization, which codes scales around their mean and needs them close together.
-    if spec.codebook in ("nf", "lloyd") and not spec.double_quant:
+    if spec.codebook in ("nf", *codebooks.FITTED) and not spec.double_quant:
         factors = torch.cat([factors, -factors])
     return factors.to(device)
 
@@ -111,7 +111,7 @@ def fit_scales(
         scale, zero = torch.where(constant, low.abs(), scale), torch.where(constant, low.sign(), low / scale)
         return _limit_zero(scale, zero, spec.scale_dtype)
     if spec.scale == "absmax":
-        return block_absmax(weight, spec.block_size) / levels.abs().max(), None
+        return block_absmax(weight, spec.block_size) / levels.abs().amax(-1, keepdim=True), None
     return kernels.search_scale(weight, levels, borders, factors, 1, spec.block_size, importance), None
 
 
@@ -130,28 +130,39 @@ def levels_given(
     weight: Tensor, scale: Tensor, codes: Tensor, levels: Tensor, block_size: int, importance: Tensor | None
 ) -> Tensor:
     """Least squares of each level given codes and scales; a level without elements stays."""
-    num, den = kernels.level_moments(weight, scale, codes, levels.numel(), block_size, importance)
+    by_row = levels.dim() == 2
+    num, den = kernels.level_moments(weight, scale, codes, levels.shape[-1], block_size, importance, by_row)
     fitted = torch.where(den > 0, num / den.clamp_min(1e-300), levels.double()).float()
-    return fitted if bool((fitted[1:] >= fitted[:-1]).all()) else levels
+    ordered = (fitted[..., 1:] >= fitted[..., :-1]).all(-1, keepdim=True)
+    return torch.where(ordered, fitted, levels)
 
 
 def normalised(levels: Tensor) -> Tensor:
-    """Levels divided by the largest magnitude among them."""
-    return levels / levels.abs().max()
+    """Levels divided by the largest magnitude among them; each row by its own."""
+    largest = levels.abs().amax(-1, keepdim=True)
+    return levels / torch.where(largest > 0, largest, 1.0)
+
+
+def rounded_levels(levels: Tensor, spec: QuantSpec) -> Tensor:
+    """Levels as they are stored."""
+    return levels.bfloat16().float() if spec.codebook == "lloyd-channel" else levels
 
 
 def starting_levels(
     weight: Tensor, spec: QuantSpec, levels: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
-    """The (2^bits,) levels to quantize a matrix with; fitted to it for ``lloyd`` unless some are given to start from.
+    """The levels to quantize a matrix with, (2^bits,), or (out, 2^bits) for ``lloyd-channel``.
 
-    Fitting alternates scales, codes and levels; the result has a largest magnitude of 1.
+    Those of a fitted codebook are fitted to the matrix, or row, unless some are given to start from. Fitting alternates
+    scales, codes and levels; the result has a largest magnitude of 1.
     """
-    if spec.codebook != "lloyd":
+    if spec.codebook not in codebooks.FITTED:
         return codebooks.codebook(spec.codebook, spec.bits, weight.device)
     if levels is not None:
         return normalised(levels.to(weight.device))
-    levels = codebooks.codebook("lloyd", spec.bits, weight.device)
+    levels = codebooks.codebook(spec.codebook, spec.bits, weight.device)
+    if spec.codebook == "lloyd-channel":
+        levels = levels.expand(weight.shape[0], -1).contiguous()
     for _ in range(2):
         scale, _ = fit_scales(weight, spec, levels, importance)
         codes = kernels.encode(weight, scale, None, levels, codebooks.thresholds(levels), spec.block_size)
@@ -188,8 +199,10 @@ def store_scales(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> StoredS
 def assemble(codes: Tensor, stored: StoredScales, levels: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """The :class:`QuantizedTensor` of (out, in) codes under stored scales and levels."""
     shape = (codes.shape[0], codes.shape[1])
-    packed = pack(codes, spec.bits).view(storage_layout(spec, shape)["weight"].shape)
-    return QuantizedTensor({**stored.tensors, "weight": packed, "weight_codebook": levels}, spec, shape)
+    layout = storage_layout(spec, shape)
+    packed = pack(codes, spec.bits).view(layout["weight"].shape)
+    codebook = levels.to(layout["weight_codebook"].dtype)
+    return QuantizedTensor({**stored.tensors, "weight": packed, "weight_codebook": codebook}, spec, shape)
 
 
 def quantize(
@@ -200,7 +213,7 @@ def quantize(
     Args:
         weight: (out, in), any floating dtype, any device; computed in float32.
         spec: how to store it.
-        levels: where fitting a ``lloyd`` codebook starts (an earlier result for a similar matrix); ignored otherwise.
+        levels: where fitting a codebook starts (an earlier result for a similar matrix); ignored otherwise.
         importance: (in,) what the squared error of each input feature counts where scales and levels are fitted.
 
     Raises:
@@ -231,7 +244,8 @@ def quantize_checked(
     levels = starting_levels(weight, spec, levels, importance)
     stored = store_scales(*fit_scales(weight, spec, levels, importance), spec)
     codes = kernels.encode(weight, stored.scale, stored.zero, levels, codebooks.thresholds(levels), spec.block_size)
-    if spec.codebook == "lloyd":
+    if spec.codebook in codebooks.FITTED:
         levels = levels_given(weight, stored.scale, codes, levels, spec.block_size, importance)
+        levels = rounded_levels(levels, spec)
         codes = kernels.encode(weight, stored.scale, None, levels, codebooks.thresholds(levels), spec.block_size)
     return assemble(codes, stored, levels, spec).times(gain)

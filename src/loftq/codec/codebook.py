@@ -92,7 +92,9 @@ _DERIVATIONS = {
     "uniform": uniform,
     "uniform-sym": uniform_symmetric,
     "lloyd": lloyd_max,
+    "lloyd-channel": lloyd_max,
 }
+FITTED = ("lloyd", "lloyd-channel")
 
 
 @cache
@@ -101,13 +103,13 @@ def _levels(name: str, bits: int) -> np.ndarray:
 
 
 def codebook(name: str, bits: int, device: torch.device | str = "cpu") -> Tensor:
-    """The (2^bits,) float32 levels of a named codebook; for ``lloyd``, those that fitting starts from."""
+    """The (2^bits,) float32 levels of a named codebook; of a fitted codebook, those that fitting starts from."""
     return torch.from_numpy(_levels(name, bits).copy()).to(device)
 
 
 def thresholds(levels: Tensor) -> Tensor:
-    """Borders between the cells of neighbouring levels: (2^bits - 1,) midpoints."""
-    return (levels[1:] + levels[:-1]) * 0.5
+    """Borders between the cells of neighbouring levels: (..., 2^bits - 1) midpoints."""
+    return (levels[..., 1:] + levels[..., :-1]) * 0.5
 
 
 @cache

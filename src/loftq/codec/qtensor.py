@@ -42,6 +42,8 @@ def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorI
         "weight_codebook": TensorInfo(torch.float32, (2**spec.bits,)),
         "weight_scale": TensorInfo(torch.uint8 if spec.double_quant else scale_dtype, (out_features, blocks)),
     }
+    if spec.codebook == "lloyd-channel":  # bfloat16 has float32's range, so that a factor can go into the levels
+        layout["weight_codebook"] = TensorInfo(torch.bfloat16, (out_features, 2**spec.bits))
     if spec.codebook == "uniform":
         layout["weight_zero"] = TensorInfo(scale_dtype, (out_features, blocks))
     if spec.double_quant:
@@ -54,8 +56,8 @@ def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorI
 class QuantizedTensor:
     """W (out, in) stored as ``scale * (codebook[code] + zero * codebook[1])``, one scale and zero a block of a row.
 
-    ``tensors`` holds exactly what :func:`storage_layout` lists. ``zero`` exists for the affine ``uniform`` codebook
-    only, in units of its step ``codebook[1]``.
+    The codebook is one for the matrix, or one for each row. ``tensors`` holds exactly what :func:`storage_layout` lists.
+    ``zero`` exists for the affine ``uniform`` codebook only, in units of its step ``codebook[1]``.
     """
 
     tensors: Mapping[str, Tensor]
@@ -111,7 +113,8 @@ class QuantizedTensor:
         """The matrix multiplied by a number, which goes into the codebook."""
         if factor == 1.0:
             return self
-        codebook = (self.tensors["weight_codebook"].double() * factor).float()
+        codebook = self.tensors["weight_codebook"]
+        codebook = (codebook.double() * factor).to(codebook.dtype)
         return QuantizedTensor({**self.tensors, "weight_codebook": codebook}, self.spec, self.shape)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
@@ -141,6 +144,11 @@ def stored_scale(tensors: Mapping[str, Tensor]) -> Tensor:
     return scale.float()
 
 
+def stored_levels(tensors: Mapping[str, Tensor]) -> Tensor:
+    """float32 levels from a matrix's stored tensors, (2^bits,) or (out, 2^bits)."""
+    return tensors["weight_codebook"].float()
+
+
 def dequantize_stored(
     tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -149,7 +157,7 @@ def dequantize_stored(
     return kernels.dequantize(
         packed_codes(tensors),
         stored_scale(tensors),
-        tensors["weight_codebook"],
+        stored_levels(tensors),
         None if zero is None else zero.float(),
         spec.bits,
         spec.block_size,

@@ -2,7 +2,8 @@
 
 Each function here has one definition in :mod:`loftq.kernels.reference`; on the CPU a compiled loop computes the same.
 Shapes: weight (rows, in) float32; codes (rows, in) uint8; packed (rows, ceil(in * bits / 8)) uint8; scale and zero
-(rows, ceil(in / block_size)) float32; codebook (2^bits,) float32 ascending; thresholds (2^bits - 1,) float32.
+(rows, ceil(in / block_size)) float32; codebook (2^bits,) float32 ascending and thresholds (2^bits - 1,) float32, or
+(rows, 2^bits) and (rows, 2^bits - 1) with levels of each row's own.
 """
 
 import numpy as np
@@ -37,6 +38,11 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 def _np(tensor: Tensor | None) -> np.ndarray:
     return _NONE if tensor is None else tensor.detach().contiguous().numpy()
+
+
+def _rows_of(levels: Tensor) -> np.ndarray:
+    """Codebook or thresholds as the loops take them: a row for each row of the weight, or one for all."""
+    return _np(levels if levels.dim() == 2 else levels[None])
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -78,7 +84,7 @@ def dequantize(
     if out is None:
         out = torch.empty(packed.shape[0], in_features, dtype=torch.float32)
     loop = cpu_unpack.DEQUANTIZE_ROWS[bits]
-    args = (_np(packed), _np(scale), _np(codebook), _np(zero), block_size, in_features, out.numpy())
+    args = (_np(packed), _np(scale), _rows_of(codebook), _np(zero), block_size, in_features, out.numpy())
     for_rows(loop, packed.shape[0], out.numel(), *args)
     return out if dtype == torch.float32 else out.to(dtype)
 
@@ -90,7 +96,8 @@ def encode(
     if not _on_cpu(weight):
         return reference.encode(weight, scale, zero, codebook, thresholds, block_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    args = (_np(weight), _np(scale), _np(zero), _np(codebook), _np(thresholds), block_size, codes.numpy())
+    levels = (_rows_of(codebook), _rows_of(thresholds))
+    args = (_np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
     for_rows(cpu_fit.encode_rows, weight.shape[0], weight.numel(), *args)
     return codes
 
@@ -116,7 +123,7 @@ def search_scale(
     if not _on_cpu(weight):
         return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    tensors = map(_np, (weight, counts, codebook, thresholds, factors))
+    tensors = (_np(weight), _np(counts), _rows_of(codebook), _rows_of(thresholds), _np(factors))
     for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
     return scale
 
@@ -136,26 +143,36 @@ def search_affine(
         return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
-    tensors = map(_np, (weight, counts, codebook, thresholds, factors))
+    tensors = (_np(weight), _np(counts), _rows_of(codebook), _rows_of(thresholds), _np(factors))
     out = (scale.numpy(), zero.numpy())
     for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, *out)
     return scale, zero
 
 
 def level_moments(
-    weight: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int, importance: Tensor | None = None
+    weight: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    levels: int,
+    block_size: int,
+    importance: Tensor | None = None,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """For each level k: sum of h * scale * w and sum of h * scale^2 over the elements with code k, float64."""
+    """For each level k: sum of h * scale * w and sum of h * scale^2 over the elements with code k, float64.
+
+    (levels,), or (rows, levels) ``by_row``.
+    """
     counts = _counts(weight, importance)
     if not _on_cpu(weight):
-        return reference.level_moments(weight, counts, scale, codes, levels, block_size)
-    slabs = -(-weight.shape[0] // _SLAB)
+        return reference.level_moments(weight, counts, scale, codes, levels, block_size, by_row)
+    slab = 1 if by_row else _SLAB
+    slabs = -(-weight.shape[0] // slab)
     num = torch.zeros(slabs, levels, dtype=torch.float64)
     den = torch.zeros_like(num)
     tensors = map(_np, (weight, counts, scale, codes))
     out = (num.numpy(), den.numpy())
-    for_rows(cpu_fit.level_moments_rows, slabs, weight.numel(), *tensors, block_size, _SLAB, *out)
-    return num.sum(0), den.sum(0)
+    for_rows(cpu_fit.level_moments_rows, slabs, weight.numel(), *tensors, block_size, slab, *out)
+    return (num, den) if by_row else (num.sum(0), den.sum(0))
 
 
 def feedback(
@@ -186,7 +203,7 @@ def feedback(
         )
     begin, end = columns
     errors = torch.empty(work.shape[0], end - begin)
-    tensors = map(_np, (inverse, order, scale, zero, codebook, thresholds))
+    tensors = (*map(_np, (inverse, order, scale, zero)), _rows_of(codebook), _rows_of(thresholds))
     out = (codes.numpy(), dense.numpy(), errors.numpy())
     work_items = work.shape[0] * (end - begin) ** 2 // 4
     for_rows(
@@ -217,7 +234,7 @@ def descend(
         return reference.descend(
             gradient, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, sweeps, refit
         )
-    constants = (_np(zero), _np(codebook), _np(thresholds), block_size)
+    constants = (_np(zero), _rows_of(codebook), _rows_of(thresholds), block_size)
     out = (codes.numpy(), dense.numpy())
     rows, n = gradient.shape
     state = (gradient.numpy(), _np(hessian), scale.numpy())
@@ -250,7 +267,8 @@ def descend_coupled(
         return
     product = (error @ hessian).contiguous()
     shares = coupling / coupling.diagonal()[:, None]
-    constants = (_np(hessian), scale.numpy(), _np(zero), _np(codebook), _np(thresholds), block_size)
+    levels = (_rows_of(codebook), _rows_of(thresholds))
+    constants = (_np(hessian), scale.numpy(), _np(zero), *levels, block_size)
     for first in range(0, error.shape[0], _SLAB):
         last = min(first + _SLAB, error.shape[0])
         gradient = (shares[first:last] @ product).numpy()

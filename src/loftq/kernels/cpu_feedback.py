@@ -1,4 +1,7 @@
-"""Compiled CPU loops that round a matrix under a full second moment of its inputs: a row at a time, every row alone."""
+"""Compiled CPU loops that round a matrix under a full second moment of its inputs: a row at a time, every row alone.
+
+Codebooks and thresholds have a row for each row of the matrix, or one for all.
+"""
 
 import numba
 import numpy as np
@@ -37,8 +40,8 @@ def feedback_rows(
     order,
     scale,
     zero,
-    codebook,
-    thresholds,
+    codebooks,
+    borders,
     block_size,
     begin,
     end,
@@ -48,8 +51,10 @@ def feedback_rows(
 ):
     """See :func:`loftq.kernels.feedback`."""
     has_zero = zero.shape[0] > 0
-    middle = np.argmin(np.abs(codebook))
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
+        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        middle = np.argmin(np.abs(codebook))
         for j in range(begin, end):
             i = order[j]
             b = i // block_size
@@ -113,7 +118,7 @@ def _descend_row(
 
 @numba.njit(**_OPTIONS)
 def descend_rows(
-    first, last, gradient, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, sweeps, refit
+    first, last, gradient, hessian, scale, zero, codebooks, borders, block_size, codes, dense, sweeps, refit
 ):
     """See :func:`loftq.kernels.descend`."""
     has_zero = zero.shape[0] > 0
@@ -125,8 +130,8 @@ def descend_rows(
             hessian,
             scale,
             zero,
-            codebook,
-            thresholds,
+            codebooks[min(r, codebooks.shape[0] - 1)],
+            borders[min(r, codebooks.shape[0] - 1)],
             block_size,
             codes,
             dense,
@@ -147,8 +152,8 @@ def descend_coupled(
     hessian,
     scale,
     zero,
-    codebook,
-    thresholds,
+    codebooks,
+    borders,
     block_size,
     codes,
     dense,
@@ -161,6 +166,8 @@ def descend_coupled(
     for r in range(first, last):
         g = gradient[r - first]
         before = g.copy()
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
+        thresholds = borders[min(r, codebooks.shape[0] - 1)]
         _descend_row(
             r, g, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, 1, refit, has_zero, levels
         )

@@ -5,6 +5,8 @@ A block w is represented as ``scale * (codebook[codes] + zero * codebook[1])``. 
 quadratic in the scale, so for every candidate scale the loop accumulates ``num = <w, q>`` and ``den = <q, q>``: the best
 scale for those codes is ``num / den`` and explains ``num^2 / den`` of the block's energy. The candidate that explains
 most wins. With ``importance`` every inner product is weighted by one number per column, what its error counts.
+
+Codebooks and thresholds have a row for each row of the weight, or one for all.
 """
 
 import numba
@@ -61,12 +63,14 @@ def _affine_moments(block, n, levels, importance):
 
 
 @numba.njit(**_OPTIONS)
-def search_scale_rows(first, last, weight, importance, codebook, thresholds, factors, refine, block_size, scale):
+def search_scale_rows(first, last, weight, importance, codebooks, borders, factors, refine, block_size, scale):
     """scale[r, b] <- the best of ``absmax * factors``, then refitted by least squares ``refine`` times."""
     in_features = weight.shape[1]
-    top = max(abs(codebook[0]), abs(codebook[codebook.shape[0] - 1]))
     levels = np.empty(block_size, np.float32)
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
+        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        top = max(abs(codebook[0]), abs(codebook[codebook.shape[0] - 1]))
         for b in range(scale.shape[1]):
             begin = b * block_size
             n = min(block_size, in_features - begin)
@@ -99,7 +103,7 @@ def search_scale_rows(first, last, weight, importance, codebook, thresholds, fac
 
 
 @numba.njit(**_OPTIONS)
-def search_affine_rows(first, last, weight, importance, codebook, thresholds, factors, refine, block_size, scale, zero):
+def search_affine_rows(first, last, weight, importance, codebooks, borders, factors, refine, block_size, scale, zero):
     """scale, zero[r, b] <- the best range ``mid ± factor * half_range``, each refitted by least squares.
 
     The codebook starts at 0. A constant block is exact with code 0: scale |c|, zero ±1.
@@ -107,8 +111,10 @@ def search_affine_rows(first, last, weight, importance, codebook, thresholds, fa
     in_features = weight.shape[1]
     levels = np.empty(block_size, np.float32)
     shifted = np.empty(block_size, np.float32)
-    span = codebook[codebook.shape[0] - 1] - codebook[0]
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
+        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        span = codebook[codebook.shape[0] - 1] - codebook[0]
         for b in range(scale.shape[1]):
             begin = b * block_size
             n = min(block_size, in_features - begin)
@@ -154,14 +160,16 @@ def search_affine_rows(first, last, weight, importance, codebook, thresholds, fa
 
 
 @numba.njit(**_OPTIONS)
-def encode_rows(first, last, weight, scale, zero, codebook, thresholds, block_size, codes):
+def encode_rows(first, last, weight, scale, zero, codebooks, borders, block_size, codes):
     """codes[r, i] <- index of the level nearest to weight[r, i] under the stored scale (nearest to 0 where the scale is 0)."""
     in_features = weight.shape[1]
     has_zero = zero.shape[0] > 0
     counts = np.empty(block_size, np.int32)
     scaled = np.empty(block_size, np.float32)
-    middle = np.argmin(np.abs(codebook))
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
+        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        middle = np.argmin(np.abs(codebook))
         for b in range(scale.shape[1]):
             begin = b * block_size
             n = min(block_size, in_features - begin)

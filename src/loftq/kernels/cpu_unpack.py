@@ -22,10 +22,11 @@ def _code_at(row, bits, i):
 
 
 @numba.njit(**_OPTIONS)
-def dequantize_rows_2bit(first, last, packed, scale, codebook, zero, block_size, in_features, out):
+def dequantize_rows_2bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
     table = np.empty(4, np.float32)
     has_zero = zero.shape[0] > 0
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
         row = packed[r]
         dst = out[r]
         for b in range(scale.shape[1]):
@@ -50,10 +51,11 @@ def dequantize_rows_2bit(first, last, packed, scale, codebook, zero, block_size,
 
 
 @numba.njit(**_OPTIONS)
-def dequantize_rows_3bit(first, last, packed, scale, codebook, zero, block_size, in_features, out):
+def dequantize_rows_3bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
     table = np.empty(8, np.float32)
     has_zero = zero.shape[0] > 0
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
         row = packed[r]
         dst = out[r]
         for b in range(scale.shape[1]):
@@ -80,10 +82,11 @@ def dequantize_rows_3bit(first, last, packed, scale, codebook, zero, block_size,
 
 
 @numba.njit(**_OPTIONS)
-def dequantize_rows_4bit(first, last, packed, scale, codebook, zero, block_size, in_features, out):
+def dequantize_rows_4bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
     table = np.empty(16, np.float32)
     has_zero = zero.shape[0] > 0
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
         row = packed[r]
         dst = out[r]
         for b in range(scale.shape[1]):
@@ -103,9 +106,10 @@ def dequantize_rows_4bit(first, last, packed, scale, codebook, zero, block_size,
 
 
 @numba.njit(**_OPTIONS)
-def dequantize_rows_8bit(first, last, packed, scale, codebook, zero, block_size, in_features, out):
+def dequantize_rows_8bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
     has_zero = zero.shape[0] > 0
     for r in range(first, last):
+        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
         row = packed[r]
         dst = out[r]
         for b in range(scale.shape[1]):

@@ -51,14 +51,29 @@ def dequantize(
     packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int, in_features: int
 ) -> Tensor:
     """value = scale * (codebook[code] + zero * codebook[1]), float32 (rows, in_features)."""
-    value = codebook[unpack(packed, bits, in_features).long()]
+    value = levels_of(codebook, unpack(packed, bits, in_features))
     if zero is not None:
-        value = value + _spread(zero * codebook[1], block_size, in_features)
+        value = value + _spread(zero * codebook[..., 1:2], block_size, in_features)
     return value * _spread(scale, block_size, in_features)
 
 
+def levels_of(codebook: Tensor, codes: Tensor) -> Tensor:
+    """The levels of (rows, ...) codes; a codebook may have a row for each row."""
+    if codebook.dim() == 1:
+        return codebook[codes.long()]
+    return codebook.gather(1, codes.long().flatten(1)).view(codes.shape)
+
+
 def _nearest(x: Tensor, thresholds: Tensor) -> Tensor:
-    return torch.bucketize(x, thresholds)
+    """Codes of (rows, ...) numbers in units of the levels."""
+    if thresholds.dim() == 1:
+        return torch.bucketize(x.contiguous(), thresholds)
+    return torch.searchsorted(thresholds.contiguous(), x.flatten(1).contiguous()).view(x.shape)
+
+
+def _middle(codebook: Tensor) -> Tensor:
+    """Code of the level nearest to 0: of shape (1,), or (rows, 1)."""
+    return codebook.abs().argmin(-1, keepdim=True)
 
 
 def encode(
@@ -68,10 +83,8 @@ def encode(
     spread = _spread(scale, block_size, n)
     x = weight / spread
     if zero is not None:
-        x = x - _spread(zero * codebook[1], block_size, n)
-    middle = codebook.abs().argmin()
-    codes = _nearest(x.contiguous(), thresholds)
-    return torch.where(spread == 0, middle, codes).to(torch.uint8)
+        x = x - _spread(zero * codebook[..., 1:2], block_size, n)
+    return torch.where(spread == 0, _middle(codebook), _nearest(x, thresholds)).to(torch.uint8)
 
 
 def search_scale(
@@ -86,10 +99,10 @@ def search_scale(
     blocks = _blocks(weight, block_size)
     valid = _blocks(importance[None], block_size).nan_to_num(0.0)
     blocks = blocks.nan_to_num(0.0)
-    start_scale = blocks.abs().amax(-1) / codebook.abs().max()
+    start_scale = blocks.abs().amax(-1) / codebook.abs().amax(-1, keepdim=True)
 
     def fit(candidate: Tensor) -> tuple[Tensor, Tensor]:
-        levels = codebook[_nearest((blocks * (1 / candidate).unsqueeze(-1)).contiguous(), thresholds)]
+        levels = levels_of(codebook, _nearest(blocks * (1 / candidate).unsqueeze(-1), thresholds))
         return (blocks * levels * valid).sum(-1), (levels * levels * valid).sum(-1)
 
     best, best_score = start_scale.clone(), torch.full_like(start_scale, -1.0)
@@ -150,17 +163,16 @@ def search_affine(
 
 
 def level_moments(
-    weight: Tensor, importance: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int
+    weight: Tensor, importance: Tensor, scale: Tensor, codes: Tensor, levels: int, block_size: int, by_row: bool = False
 ) -> tuple[Tensor, Tensor]:
     """For each level k: sum of h * scale * w and sum of h * scale^2 over the elements with code k, float64."""
     spread = _spread(scale, block_size, weight.shape[1]).double()
     weighted = spread * importance.double()
-    index = codes.long().flatten()
-    num = torch.zeros(levels, dtype=torch.float64, device=weight.device)
+    num = torch.zeros(weight.shape[0], levels, dtype=torch.float64, device=weight.device)
     den = torch.zeros_like(num)
-    num.index_add_(0, index, (weighted * weight.double()).flatten())
-    den.index_add_(0, index, (weighted * spread).flatten())
-    return num, den
+    num.scatter_add_(1, codes.long(), weighted * weight.double())
+    den.scatter_add_(1, codes.long(), weighted * spread)
+    return (num, den) if by_row else (num.sum(0), den.sum(0))
 
 
 def feedback(
@@ -190,11 +202,11 @@ def feedback(
 def _nearest_value(
     x: Tensor, block: int, scale: Tensor, zero: Tensor | None, codebook: Tensor, thresholds: Tensor
 ) -> tuple[Tensor, Tensor]:
-    s = scale[:, block]
-    offset = torch.zeros_like(s) if zero is None else zero[:, block] * codebook[1]
-    code = _nearest((x / torch.where(s == 0, 1, s) - offset).contiguous(), thresholds)
-    code = torch.where(s == 0, codebook.abs().argmin(), code)
-    return code.to(torch.uint8), s * (codebook[code] + offset)
+    s = scale[:, block : block + 1]
+    offset = torch.zeros_like(s) if zero is None else zero[:, block : block + 1] * codebook[..., 1:2]
+    code = _nearest(x[:, None] / torch.where(s == 0, 1, s) - offset, thresholds)
+    code = torch.where(s == 0, _middle(codebook), code)
+    return code[:, 0].to(torch.uint8), (s * (levels_of(codebook, code) + offset))[:, 0]
 
 
 def descend(
@@ -223,8 +235,8 @@ def descend(
                 dense[:, j] += step
                 gradient -= step[:, None] * hessian[j]
             if refit:
-                offset = 0.0 if zero is None else (zero[:, block] * codebook[1])[:, None]
-                levels = codebook[codes[:, inside].long()] + offset
+                offset = 0.0 if zero is None else zero[:, block : block + 1] * codebook[..., 1:2]
+                levels = levels_of(codebook, codes[:, inside]) + offset
                 num = (levels * gradient[:, inside]).sum(1)
                 den = ((levels @ hessian[inside, inside]) * levels).sum(1)
                 worthwhile = (den > 0) & (num.abs() > 2.0**-10 * scale[:, block].abs() * den)
@@ -254,6 +266,7 @@ def descend_coupled(
         gradient = (coupling[row] / coupling[r, r]) @ product
         before = gradient.clone()
         zeros = None if zero is None else zero[row]
-        state = (scale[row], zeros, codebook, thresholds, block_size, codes[row], dense[row])
+        own, borders = (t if t.dim() == 1 else t[row] for t in (codebook, thresholds))
+        state = (scale[row], zeros, own, borders, block_size, codes[row], dense[row])
         descend(gradient, hessian, *state, 1, refit)
         product[row] += gradient - before

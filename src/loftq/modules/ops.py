@@ -110,6 +110,7 @@ def packed_rows(
 ) -> Tensor:
     """The dense (n, in) float32 rows of the matrix whose indices ``rows`` (n,) lists: an embedding look-up."""
     zero = None if zero is None else zero[rows]
+    codebook = codebook if codebook.dim() == 1 else codebook[rows]
     return kernels.dequantize(packed[rows], scale[rows], codebook, zero, bits, block_size, in_features)
 
 

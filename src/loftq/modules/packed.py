@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout
+from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout, stored_levels
 from loftq.config import QuantSpec
 from loftq.modules.ops import double_dequantize
 
@@ -64,7 +64,7 @@ class PackedWeight(nn.Module):
         return (
             packed_codes(tensors),
             scale,
-            tensors["weight_codebook"],
+            stored_levels(tensors),
             None if zero is None else zero.float(),
             self.spec.bits,
             self.spec.block_size,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq import kernels
-from loftq.codec.qtensor import packed_codes, stored_scale
+from loftq.codec.qtensor import packed_codes, stored_levels, stored_scale
 from loftq.modules import PackedWeight, QuantEmbedding
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class FrozenMatrix:
         return kernels.dequantize(
             packed_codes(self.tensors),
             scale,
-            self.tensors["weight_codebook"],
+            stored_levels(self.tensors),
             None if zero is None else zero.float(),
             self.spec.bits,
             self.spec.block_size,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loftq.codec import QuantizedTensor
 from loftq.codec.blockwise import check_weight, comfortable_gain, divided, quantize_checked
+from loftq.codec.qtensor import stored_levels
 from loftq.config import SVDS, QuantSpec, check_alpha, check_damping, one_of, positive_int
 from loftq.errors import ConfigError
 from loftq.solver.errorfeedback import round_with_feedback
@@ -271,7 +272,7 @@ class _Search:
         return quantized, _LowRank(torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts], 0))
 
     def round(self, target: Tensor, previous: QuantizedTensor | None) -> QuantizedTensor:
-        levels = None if previous is None else previous.tensors["weight_codebook"]
+        levels = None if previous is None else stored_levels(previous.tensors)
         if self.method.feedback and self.metric.order is not None:
             self.rounds += 1
             return round_with_feedback(

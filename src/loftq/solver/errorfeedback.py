@@ -19,12 +19,14 @@ from loftq.codec.blockwise import (
     fit_scales,
     levels_given,
     normalised,
+    rounded_levels,
     starting_levels,
     store_scales,
 )
-from loftq.codec.codebook import thresholds
+from loftq.codec.codebook import FITTED, thresholds
 from loftq.codec.qtensor import dequantize_stored
 from loftq.config import QuantSpec
+from loftq.kernels.reference import levels_of
 from loftq.solver.importance import Metric
 
 # Levels are refitted under H up to this width: beyond, there are many and each is worth little.
@@ -49,18 +51,18 @@ def round_with_feedback(
         weight: what to quantize; finite.
         spec: how to store it.
         metric: a full one, with ``order`` and ``inverse``.
-        levels: where fitting a ``lloyd`` codebook starts.
+        levels: where fitting a codebook starts.
         sweeps: rounds of coordinate descent over codes and scales afterwards; 0 is GPTQ.
-        refit_levels: let the descent begin with the levels of a ``lloyd`` codebook.
+        refit_levels: let the descent begin with the levels of a fitted codebook.
     """
     assert metric.order is not None
     assert metric.inverse is not None
     counts = metric.conditional
     levels = starting_levels(weight, spec, levels, counts)
     stored = store_scales(*fit_scales(weight, spec, levels, counts), spec)
-    if spec.codebook == "lloyd":  # to the scales as they are stored, as plain quantization does
+    if spec.codebook in FITTED:  # to the scales as they are stored, as plain quantization does
         codes = kernels.encode(weight, stored.scale, None, levels, thresholds(levels), spec.block_size)
-        levels = levels_given(weight, stored.scale, codes, levels, spec.block_size, counts)
+        levels = rounded_levels(levels_given(weight, stored.scale, codes, levels, spec.block_size, counts), spec)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     dense = torch.empty_like(weight)
     work = weight[:, metric.order].contiguous()
@@ -102,13 +104,13 @@ def _descend(
     hessian = metric.hessian
     assert hessian is not None
     scale = stored.scale.clone()
-    if refit_levels and spec.codebook == "lloyd" and spec.bits <= _REFIT_BITS:
-        fitted = _refit_levels(weight, metric, codes, scale, levels, spec.block_size)
+    if refit_levels and spec.codebook in FITTED and spec.bits <= _REFIT_BITS:
+        refit = _refit_levels if spec.codebook == "lloyd" else _refit_levels_by_row
+        fitted = refit(weight, metric, codes, scale, levels, spec.block_size)
         if fitted is not None:
-            largest = fitted.abs().max()
-            levels, scale = normalised(fitted), scale * largest
+            levels, scale = rounded_levels(normalised(fitted), spec), scale * fitted.abs().amax(-1, keepdim=True)
             stored = store_scales(scale, stored.zero, spec)
-            dense = levels[codes.long()] * _spread(scale, spec.block_size, weight.shape[1])
+            dense = levels_of(levels, codes) * _spread(scale, spec.block_size, weight.shape[1])
     free = spec.scale == "search"
     constants = (levels, thresholds(levels), spec.block_size)
     coupling = metric.row_hessian
@@ -162,6 +164,41 @@ def _refit_levels(
     if int(failed) > 0 or not bool((solved[1:] > solved[:-1]).all()):
         return None
     return solved.to(levels)
+
+
+def _refit_levels_by_row(
+    weight: Tensor, metric: Metric, codes: Tensor, scale: Tensor, levels: Tensor, block_size: int
+) -> Tensor | None:
+    """The same with levels of each row's own, where rows do not depend on each other; rows out of order stay."""
+    if metric.row_hessian is not None:
+        return None
+    spread = _spread(scale, block_size, weight.shape[1])
+    count = levels.shape[1]
+    parts = [spread * (codes == k) for k in range(count)]
+    normal = torch.empty(weight.shape[0], count, count, dtype=torch.float64, device=weight.device)
+    right = torch.empty(weight.shape[0], count, dtype=torch.float64, device=weight.device)
+    for k, part in enumerate(parts):
+        product = part @ metric.hessian  # type: ignore[operator]
+        right[:, k] = (product * weight).sum(1)
+        for m in range(k, count):
+            normal[:, k, m] = normal[:, m, k] = (product * parts[m]).sum(1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-30)
+    normal.diagonal(dim1=1, dim2=2).add_(ridge)  # a row of few elements leaves levels unused: they keep their place
+    solved, failed = torch.linalg.solve_ex(normal, right + ridge * levels.double())
+    solved = solved.to(levels)
+    # as they will be stored: bfloat16 may cost a row more than the fit gains
+    largest = solved.abs().amax(1, keepdim=True)
+    rounded = normalised(solved).bfloat16().float() * largest
+    ordered = (
+        (solved[:, 1:] >= solved[:, :-1]).all(1) & (failed == 0) & torch.isfinite(solved).all(1) & (largest[:, 0] > 0)
+    )
+
+    def costs(values: Tensor) -> Tensor:
+        error = weight - levels_of(values, codes) * spread
+        return ((error @ metric.hessian) * error).sum(1)  # type: ignore[operator]
+
+    kept = ordered & (costs(rounded.nan_to_num()) < costs(levels))
+    return torch.where(kept[:, None], solved, levels)
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
