@@ -21,14 +21,13 @@ from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig
 from loftq.errors import ConfigError, SourceError
+from loftq.evaluate.text import BUILTIN
 from loftq.plan.targets import ModulePlan
 from loftq.solver.importance import InputStatistics
 from loftq.solver.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BUILTIN = "pydoc"
 
 
 @dataclass

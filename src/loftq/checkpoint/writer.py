@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,24 @@ from loftq.codec.qtensor import TensorInfo
 from loftq.errors import OutputError
 
 JOURNAL = "journal.jsonl"
+
+
+def lock_file(stream: IO[bytes], path: Path) -> None:
+    """Keep other processes from writing ``path`` for as long as ``stream``, a file in it, is open.
+
+    Raises:
+        OutputError: another process does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"another process is writing {path}; wait for it or choose another folder") from None
+    except OSError:  # a file system without locks
+        return
 
 
 @contextmanager
@@ -114,7 +132,7 @@ class Staging:
     def _open(
         self, fingerprint: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorInfo]], resume: bool
     ) -> None:
-        self._lock()
+        lock_file(self._journal, self.path)
         lines = self._read_journal()
         if lines and lines[0] != fingerprint and resume:
             raise OutputError(self._explain(lines[0], fingerprint))
@@ -140,18 +158,6 @@ class Staging:
         for path in [p for p in self.path.rglob("*") if p.is_symlink() or not p.is_dir()]:
             if path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on Windows
-            return
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is writing {self.path}; wait for it or choose another folder") from None
-        except OSError:  # a file system without locks
-            return
 
     def _read_journal(self) -> list[dict[str, Any]]:
         self._journal.seek(0)

@@ -6,7 +6,10 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+from loftq.config import PUBLISHED
 from loftq.errors import ConfigError
 
 _SIZE = re.compile(r"^(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)
@@ -55,3 +58,23 @@ def byte_size(option: str, value: str) -> int:
 def this_command() -> str:
     """The command line as it was given, quoted for a shell."""
     return shlex.join(["loftq", *sys.argv[1:]])
+
+
+def quantizer(published: bool, codebook: str | None, scale: str | None, scale_dtype: str | None) -> dict[str, Any]:
+    """What ``--published`` or the options beside it set, as fields of :class:`LoftQConfig`."""
+    given = {"codebook": codebook, "scale": scale, "scale_dtype": scale_dtype}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if published and chosen:
+        raise ConfigError(
+            f"--published already sets the quantizer, but --{next(iter(chosen)).replace('_', '-')} was given too; give one"
+        )
+    return PUBLISHED if published else chosen
+
+
+def calibration_text(calibration: str | None, statistics: Path | None, no_calibration: bool) -> str | None:
+    """The field ``calibration`` of :class:`LoftQConfig`."""
+    if no_calibration and (calibration is not None or statistics is not None):
+        raise ConfigError("--no-calibration was given together with a calibration; give one")
+    if calibration is not None and statistics is not None:
+        raise ConfigError("--calibration and --statistics were both given; give one")
+    return None if no_calibration else calibration or "auto"

@@ -11,7 +11,7 @@ import typer
 
 from loftq.cli import parse
 from loftq.cli.quiet import quiet_transformers
-from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, PUBLISHED, SCALE_DTYPES, SCALES, LoftQConfig, one_of
+from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, SCALE_DTYPES, SCALES, LoftQConfig, one_of
 from loftq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,12 +90,6 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan's totals as JSON.")] = False,
 ) -> None:
     """Choose bits, block size and rank of every module for the smallest error within a budget."""
-    given = {"codebook": codebook, "scale": scale, "scale_dtype": scale_dtype}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if published and chosen:
-        raise ConfigError(
-            f"--published already sets the quantizer, but --{next(iter(chosen)).replace('_', '-')} was given too; give one"
-        )
     if (target_bpw is None) == (target_bits is None):
         raise ConfigError(
             f"{'neither' if target_bpw is None else 'both'} of --target-bpw (measured bits per weight) and --target-bits "
@@ -104,10 +98,6 @@ def plan(
     if rank is not None and ranks is not None:
         raise ConfigError("--rank and --ranks were both given; give one")
     one_of("--rule", rule, RULES)
-    if no_calibration and (calibration is not None or statistics is not None):
-        raise ConfigError("--no-calibration was given together with a calibration; give one")
-    if calibration is not None and statistics is not None:
-        raise ConfigError("--calibration and --statistics were both given; give one")
     pair = _numbers("--layer-bits", layer_bits, ":")
     if len(pair) != 2:
         raise ConfigError(f"--layer-bits is {layer_bits!r}, expected HIGH:LOW such as 4:2")
@@ -119,12 +109,12 @@ def plan(
         target_modules=parse.module_patterns(["all-linear"] if target_modules is None else target_modules) or (),
         exclude_modules=parse.module_patterns(exclude_modules),
         quantize_embeddings=include_embeddings,
-        calibration=None if no_calibration else calibration or "auto",
+        calibration=parse.calibration_text(calibration, statistics, no_calibration),
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         calibration_gradients=calibration_gradients,
         seed=seed,
-        **(PUBLISHED if published else chosen),
+        **parse.quantizer(published, codebook, scale, scale_dtype),
     )
 
     quiet_transformers()

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq.cli import parse
-from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, PUBLISHED, SCALE_DTYPES, SCALES, SVDS, LoftQConfig
-from loftq.errors import ConfigError
+from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, SCALE_DTYPES, SCALES, SVDS, LoftQConfig
 
 _DEFAULT = LoftQConfig()
 
@@ -95,16 +94,6 @@ def quantize(
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a checkpoint into a packed k-bit backbone and a PEFT adapter, one tensor at a time."""
-    spec = {"codebook": codebook, "scale": scale, "scale_dtype": scale_dtype}
-    chosen = {name: value for name, value in spec.items() if value is not None}
-    if published and chosen:
-        raise ConfigError(
-            f"--published already sets the quantizer, but --{next(iter(chosen)).replace('_', '-')} was given too; give one"
-        )
-    if no_calibration and (calibration is not None or statistics is not None):
-        raise ConfigError("--no-calibration was given together with a calibration; give one")
-    if calibration is not None and statistics is not None:
-        raise ConfigError("--calibration and --statistics were both given; give one")
     config = LoftQConfig(
         bits=bits,
         rank=rank,
@@ -122,7 +111,7 @@ def quantize(
         rank_pattern=parse.int_patterns("--rank-pattern", rank_pattern),
         first_layers_bits=parse.first_layers(first_layers_bits),
         quantize_embeddings=quantize_embeddings,
-        calibration=None if no_calibration else calibration or "auto",
+        calibration=parse.calibration_text(calibration, statistics, no_calibration),
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         calibration_gradients=calibration_gradients,
@@ -130,7 +119,7 @@ def quantize(
         damping=damping,
         plan=None if plan is None else str(plan),
         seed=seed,
-        **(PUBLISHED if published else chosen),
+        **parse.quantizer(published, codebook, scale, scale_dtype),
     )
     shard_bytes = parse.byte_size("--max-shard-size", max_shard_size)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loftq.checkpoint.source import SafetensorsSource, as_bytes
-from loftq.checkpoint.writer import disk_errors, header_bytes
+from loftq.checkpoint.writer import disk_errors, header_bytes, lock_file
 from loftq.codec.qtensor import TensorInfo
 from loftq.errors import OutputError, SourceError
 
@@ -54,7 +54,7 @@ class SavedState:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+b")  # noqa: SIM115 - held as long as the run
             try:
-                self._acquire()
+                lock_file(self._lock, self.path)
                 if resume:
                     self._read()
                 else:
@@ -62,18 +62,6 @@ class SavedState:
             except BaseException:
                 self.close()
                 raise
-
-    def _acquire(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another process is writing {self.path}; wait for it or choose another folder") from None
-        except OSError:  # a file system without locks
-            return
 
     def _read(self) -> None:
         if not (self.path / STATE).exists():
