@@ -62,7 +62,9 @@ def saved(tmp_path):
     layers = {
         "a.q": shared,
         "a.k": shared,
-        "a.v": shared.of_layer(output_moment=torch.rand(5, 5, generator=generator)),
+        "a.v": shared.of_layer(
+            output_moment=torch.rand(5, 5, generator=generator), guided_moment=torch.rand(8, 8, generator=generator)
+        ),
         "b": InputStatistics(
             torch.rand(6, generator=generator), drift=torch.rand(6, 6), fisher_rows=torch.rand(3), fisher_columns=torch.rand(6)
         ),
@@ -79,7 +81,16 @@ def test_save_and_load(saved):
     assert list(loaded) == list(statistics)
     assert (loaded.summary, loaded.source_sha256) == (statistics.summary, statistics.source_sha256)
     for name, entry in statistics.items():
-        for field in ("second_moment", "mean_abs", "drift", "fisher_rows", "fisher_columns", "output_moment", "tokens"):
+        for field in (
+            "second_moment",
+            "mean_abs",
+            "drift",
+            "fisher_rows",
+            "fisher_columns",
+            "output_moment",
+            "guided_moment",
+            "tokens",
+        ):
             before, after = getattr(entry, field), getattr(loaded[name], field)
             assert before == after if not isinstance(before, torch.Tensor) else torch.equal(before, after), (
                 name,

@@ -60,21 +60,27 @@ def test_equals_autograd_on_the_whole_model(name, windows, spill_bytes, tmp_path
         logits = model(input_ids=ids[index][mask[index]][None]).logits[0]
         if index not in differentiated:
             continue
-        with torch.no_grad():  # a token drawn from each distribution, by the inverse of its cumulative function
-            cumulated = logits.float().softmax(-1).cumsum(-1)
+        with torch.no_grad():  # F^½ u for random signs u, with the Fisher information F = diag(p) - p pᵀ of the logits
+            p = logits.softmax(-1)
             generator = torch.Generator().manual_seed(7 * 1_000_003 + differentiated.index(index))
-            uniform = torch.rand(len(cumulated), 1, generator=generator) * cumulated[:, -1:]
-            drawn = (cumulated < uniform).sum(1).clamp(max=95)
-        torch.nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+            signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) * 2.0 - 1
+            roots = torch.stack([torch.diag(row.sqrt()) - torch.outer(row, row.sqrt()) for row in p])
+            for row, root in zip(p, roots, strict=True):
+                fisher = torch.diag(row) - torch.outer(row, row)
+                assert torch.allclose(root @ root.T, fisher, atol=1e-12)
+            probe = torch.einsum("nij,nj->ni", roots, signs.double())
+        (logits * probe).sum().backward()
         for t in targets:
             module = model.get_submodule(t)
             gradient = module.weight.grad.T if is_transposed(module) else module.weight.grad
             squares[t] = squares[t] + gradient**2
     for t in targets:
         x, g = torch.cat(inputs[t]), torch.cat(outputs[t])
+        guided = torch.cat([inputs[t][i] for i in differentiated]) * g.norm(dim=1, keepdim=True)
         root = (squares[t] / len(g)).sqrt()
         errors = {
             "inputs": relative(got[t].second_moment, x.T @ x / len(x)),
+            "guided": relative(got[t].guided_moment, guided.T @ guided / g.square().sum()),
             "outputs": relative(got[t].output_moment, g.T @ g / len(g)),
             "rows": relative(got[t].fisher_rows, root.mean(1)),
             "columns": relative(got[t].fisher_columns, root.mean(0)),

@@ -3,10 +3,14 @@
 A forward pass stops in front of every block, as in :mod:`loftq.calibrate.forward`, and collects the moments of its layers'
 inputs. So does the backward pass, in the opposite order: there a block is run once more with its weights, for the gradients
 in its layers' outputs. A window costs three times as much with its backward pass as without, and the inputs' moments gain
-more from many windows than the gradients' do: so the backward pass may run on some of the windows only. The loss is the
-cross entropy against tokens drawn from the model's own distribution, whose gradients g have the Fisher information as
-their second moment: to second order, an error e of a layer's output raises the model's divergence from itself by
-``½ eᵀ E[g gᵀ] e``.
+more from many windows than the gradients' do: so the backward pass may run on some of the windows only. What is
+differentiated is the product of the logits with a random v with the Fisher information as its second moment,
+
+    v = √p ∘ u - p (√p · u),        u = ±1 with equal probability,        E[v vᵀ] = diag(p) - p pᵀ
+
+where p is the model's own distribution of the next token: to second order, an error e of a layer's output raises the
+model's divergence from itself by ``½ eᵀ E[g gᵀ] e``. The cross entropy against a token drawn from p has the same second
+moment, but where the model is sure of itself nearly all of it comes from the rare token that it did not expect.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from loftq.calibrate.blocks import find_blocks, head_name
 from loftq.calibrate.calls import tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
 from loftq.calibrate.groups import Group, identity
-from loftq.calibrate.moments import Moment, Rows, combine, unseen
+from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
 from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, in_features
@@ -67,7 +71,7 @@ class StreamedGradients(Streamed):
         batch_tokens: windows are run together up to this many tokens.
         spill_bytes: activations that wait beyond this many bytes are written to a temporary folder.
         dtype: in which the model runs.
-        seed: of the drawn tokens.
+        seed: of the signs u.
         progress: called with a block's name and the number of tokens that have passed it.
 
     Raises:
@@ -182,11 +186,12 @@ class StreamedGradients(Streamed):
         logits = logits.flatten(0, -2)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         with torch.no_grad():
-            cumulated = logits.float().softmax(-1).cumsum(-1)
-            uniform = torch.rand(cumulated.shape[0], 1, generator=generator) * cumulated[:, -1:]
-            drawn = torch.searchsorted(cumulated, uniform).squeeze(1).clamp(max=cumulated.shape[1] - 1)
-            del cumulated
-        nn.functional.cross_entropy(logits.float(), drawn, reduction="sum").backward()
+            probability = logits.float().softmax(-1)
+            probe = probability.sqrt()
+            probe *= torch.randint(0, 2, probe.shape, generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            probe -= probability.mul_(probe.sum(-1, keepdim=True))
+            del probability
+        logits.backward(probe.to(logits.dtype))
 
     def _suspend(self, block: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         driver = current_driver()
@@ -249,12 +254,14 @@ class StreamedGradients(Streamed):
 
 
 class _Gradients:
-    """Second moments of the gradients in the outputs of several layers, over many runs."""
+    """Second moments of the gradients in the outputs of several layers, and of the inputs they belong to."""
 
     def __init__(self, modules: dict[str, nn.Module], fisher: bool) -> None:
         self.modules = modules
         self.fisher = fisher
         self._moments = {name: Moment(_out_features(module)) for name, module in modules.items()}
+        scratch: Scratch = {}
+        self._guided = {name: Moment(in_features(module), scratch=scratch) for name, module in modules.items()}
         self._squares: dict[str, Tensor] = {}
 
     @contextmanager
@@ -268,27 +275,31 @@ class _Gradients:
     def _seen(self, name: str, rows: Rows, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
-        x = args[0].detach() if self.fisher and args else None
+        x = args[0].detach()
 
         def add(gradient: Tensor) -> None:
-            selected, weight, _ = rows.select(gradient)
+            selected, weight, _ = rows.select(gradient, x)
             self._moments[name].add(name, selected, weight)
-            if x is not None:
+            inputs, _, _ = rows.select(x)
+            self._guided[name].add(name, inputs * torch.linalg.vector_norm(selected, dim=1, keepdim=True), weight)
+            if self.fisher:
                 windows = gradient.transpose(1, 2) @ x if gradient.dim() == 3 else (gradient.T @ x)[None]
                 self._squares[name] = self._squares.get(name, 0) + windows.square().sum(0)
 
         output.register_hook(add)
 
     def joined(self, name: str, statistics: InputStatistics) -> InputStatistics:
-        moment = self._moments.pop(name)
+        moment, guided = self._moments.pop(name), self._guided.pop(name)
         if moment.count == 0:
             return statistics
-        output = combine([moment]).second_moment
-        squares = self._squares.pop(name, None)
-        if squares is None:
-            return statistics.of_layer(output_moment=output)
-        root = (squares / moment.count).sqrt()
-        return statistics.of_layer(output_moment=output, fisher_rows=root.mean(1), fisher_columns=root.mean(0))
+        found = {"output_moment": combine([moment]).second_moment}
+        power = found["output_moment"].diagonal().double().sum()
+        if float(power) > 0:
+            found["guided_moment"] = combine([guided]).second_moment.div_(power)
+        if self.fisher:
+            root = (self._squares.pop(name) / moment.count).sqrt()
+            found.update(fisher_rows=root.mean(1), fisher_columns=root.mean(0))
+        return statistics.of_layer(**found)
 
 
 class _Passed(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from loftq.calibrate.backward import StreamedGradients
 from loftq.calibrate.collect import collect
 from loftq.calibrate.forward import Group, StreamedForward
-from loftq.calibrate.statistics import Statistics
+from loftq.calibrate.statistics import OF_LAYER, Statistics
 from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig
@@ -92,7 +92,7 @@ def _saved(statistics: Statistics, targets: tuple[str, ...]) -> Iterator[Group]:
         found = statistics[name]
         if shared is None or found.second_moment is not moment:
             moment, shared = found.second_moment, replace(found)
-        own = {field: getattr(found, field) for field in ("output_moment", "fisher_rows", "fisher_columns")}
+        own = {field: getattr(found, field) for field in OF_LAYER}
         yield Group((name,), partial(shared.of_layer, **own))
 
 

@@ -111,14 +111,16 @@ class Rows:
         # by storage, because layers often get a view of what their block got
         self._side = {a.untyped_storage()._cdata: a for a in list(arguments)[1:] if a.is_floating_point()}
 
-    def select(self, x: Tensor) -> tuple[Tensor, int, bool]:
+    def select(self, x: Tensor, layer_input: Tensor | None = None) -> tuple[Tensor, int, bool]:
         """(n, features) rows of ``x``, how often each counts, and whether they are at known places of the text.
+
+        ``x`` is a layer's input, or a tensor with one row for each of ``layer_input``.
 
         An input without a batch dimension (DeBERTa's relative positions) serves every window of the batch and counts
         once for each, so that the result does not depend on how windows are batched.
         """
         features = x.shape[-1]
-        side = self._side.get(x.untyped_storage()._cdata)
+        side = self._side.get((x if layer_input is None else layer_input).untyped_storage()._cdata)
         if side is not None and side.dim() == 2 and side.shape != self.mask.shape:
             return x.reshape(-1, features), self.mask.shape[0], True
         masks = [self.mask] if self.encoder_mask is None else [self.mask, self.encoder_mask]

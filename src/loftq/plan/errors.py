@@ -303,9 +303,8 @@ def _unit(
     power = float(statistics.diagonal.double().mean())
     if method.metric == "none":
         return _norm(weight), power
-    metric = statistics.metric(
-        method.metric, method.damping if config.damping is None else config.damping, method.row_damping
-    )
+    damping = method.damping if config.damping is None else config.damping
+    metric = statistics.metric(method.metric, damping, method.row_damping, method.guidance)
     if metric.row_factor is not None:
         assert statistics.output_moment is not None
         power *= float(statistics.output_moment.diagonal().double().mean())

@@ -179,7 +179,8 @@ def _check_statistics(name: str, method: Method, statistics: InputStatistics | N
 def _metric(method: Method, statistics: InputStatistics | None, damping: float | None) -> Metric:
     if statistics is None or method.metric == "none" or not statistics.informative:
         return Metric()
-    return statistics.metric(method.metric, method.damping if damping is None else damping, method.row_damping)
+    damping = method.damping if damping is None else damping
+    return statistics.metric(method.metric, damping, method.row_damping, method.guidance)
 
 
 # Levels are refitted in the first roundings only; after them they hardly move, and a refit costs as much as the rest.

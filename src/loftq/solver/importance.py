@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,11 @@ class InputStatistics:
         fisher_rows, fisher_columns: (out,) and (in,) means over the other dimension of the square root of the diagonal
             Fisher information, E[(∂loss/∂W)²]^½, for LQ-LoRA.
         output_moment: G = E[g gᵀ] (out, out), g the gradient of the model's loss in the layer's outputs: which directions
-            of the output the model listens to. Unlike the rest it belongs to one layer, not to all that share the input.
+            of the output the model listens to.
+        guided_moment: H_g = E[|g|² x xᵀ] / E|g|² (in, in): inputs, counted by how much the model listens to the layer where
+            they occur (GuidedQuant, arXiv 2505.07004, with one group of outputs).
+
+    What concerns gradients belongs to one layer, the rest to all that share the input.
     """
 
     second_moment: Tensor
@@ -45,8 +50,11 @@ class InputStatistics:
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
     output_moment: Tensor | None = None
+    guided_moment: Tensor | None = None
     # factors by (kind, λ): the layers that share an input share this object, and so the factorisation
     _metrics: dict[tuple[str, float], Metric] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # factors by all arguments where gradients count: of one layer
+    _own: dict[tuple[Any, ...], Metric] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @property
@@ -79,6 +87,7 @@ class InputStatistics:
             ("mean_abs", (in_features,)),
             ("drift", (in_features, in_features)),
             ("fisher_columns", (in_features,)),
+            ("guided_moment", (in_features, in_features)),
         ):
             value = getattr(self, name)
             if value is not None and (tuple(value.shape) != expected or not torch.isfinite(value).all()):
@@ -87,17 +96,36 @@ class InputStatistics:
                     f"numbers of shape {expected}; calibrate again"
                 )
 
-    def metric(self, kind: str, damping: float, row_damping: float | None = None) -> Metric:
+    def metric(self, kind: str, damping: float, row_damping: float | None = None, guidance: float = 0.0) -> Metric:
         """The metric of that kind; see :class:`Metric`. What concerns inputs is computed once for all that share them.
 
         Args:
             kind: ``mean-abs``, ``diagonal``, ``full`` or ``fisher``.
             damping: λ.
             row_damping: γ of ``G_γ = (1 - γ) G n / tr(G) + γ I``; ``None`` leaves G out.
+            guidance: μ; in place of H / tr(H) counts ``(1 - μ) H / tr(H) + μ H_g / tr(H_g)``, where H_g is known and H is a
+                matrix without drift.
         """
         if kind == "fisher":
             return _fisher(self)
+        guided = guidance and self.guided_moment is not None and self.drift is None and kind == "full"
+        if guided or (self.output_moment is not None and row_damping is not None):
+            key = (kind, damping, row_damping, guidance)
+            with self._lock:
+                if key not in self._own:
+                    self._own[key] = self._of_gradients(kind, damping, row_damping, guidance if guided else 0.0)
+                return self._own[key]
         with self._lock:
+            if (kind, damping) not in self._metrics:
+                self._metrics[kind, damping] = _metric(self, kind, damping)
+            return self._metrics[kind, damping]
+
+    def _of_gradients(self, kind: str, damping: float, row_damping: float | None, guidance: float) -> Metric:
+        if guidance and self.second_moment.dim() == 2 and self.guided_moment is not None:
+            moments = (self.second_moment.double(), self.guided_moment.double())
+            plain, guided = (m / m.diagonal().mean().clamp_min(torch.finfo(m.dtype).tiny) for m in moments)
+            metric = _full(plain.lerp(guided, guidance), None, damping)
+        else:
             if (kind, damping) not in self._metrics:
                 self._metrics[kind, damping] = _metric(self, kind, damping)
             metric = self._metrics[kind, damping]
@@ -111,9 +139,16 @@ class InputStatistics:
         output_moment: Tensor | None = None,
         fisher_rows: Tensor | None = None,
         fisher_columns: Tensor | None = None,
+        guided_moment: Tensor | None = None,
     ) -> InputStatistics:
         """The same inputs, with what is known of one layer's gradients; factors of the inputs stay shared."""
-        found = replace(self, output_moment=output_moment, fisher_rows=fisher_rows, fisher_columns=fisher_columns)
+        found = replace(
+            self,
+            output_moment=output_moment,
+            fisher_rows=fisher_rows,
+            fisher_columns=fisher_columns,
+            guided_moment=guided_moment,
+        )
         object.__setattr__(found, "_metrics", self._metrics)
         object.__setattr__(found, "_lock", self._lock)
         return found

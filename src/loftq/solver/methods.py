@@ -27,6 +27,7 @@ class Method:
             ``diagonal``, ``full`` or ``fisher``; see :class:`loftq.solver.importance.Metric`.
         damping: λ of ``H_λ``, unless the user chooses another.
         row_damping: γ of ``G_γ`` where the gradients in the outputs are known; ``None`` does without them.
+        guidance: μ, the share of the inputs counted by those gradients.
         feedback: round with error feedback (GPTQ) instead of to the nearest level.
         sweeps: of coordinate descent after the feedback.
         follow_drift: aim at the full-precision layer's outputs where the inputs come from quantized layers.
@@ -43,6 +44,7 @@ class Method:
     metric: str = "none"
     damping: float = 0.0
     row_damping: float | None = None
+    guidance: float = 0.0
     feedback: bool = False
     sweeps: int = 0
     follow_drift: bool = False
@@ -63,6 +65,7 @@ class Method:
 _CLOQ = 0.01 / 1.01
 _OURS = 0.005
 _OURS_ROWS = 0.3
+_OURS_GUIDANCE = 0.5
 
 METHODS = {
     "loftq": Method("LoftQ, Algorithm 1 (arXiv 2310.08659)", "the published loop returns its last iterate"),
@@ -127,6 +130,7 @@ METHODS = {
         metric="full",
         damping=_OURS,
         row_damping=_OURS_ROWS,
+        guidance=_OURS_GUIDANCE,
         principal_start=True,
         feedback=True,
         sweeps=1,
@@ -137,6 +141,7 @@ METHODS = {
         metric="full",
         damping=_OURS,
         row_damping=_OURS_ROWS,
+        guidance=_OURS_GUIDANCE,
         follow_drift=True,
         candidates=(
             "loftq-data",
