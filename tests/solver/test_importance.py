@@ -229,6 +229,31 @@ def test_rows_are_weighted_by_the_output_moment(row_damping):
     assert shared.of_layer(output_moment=output).metric("full", 0.02) is plain
 
 
+@pytest.mark.parametrize("row_damping", [None, 0.3])
+@pytest.mark.parametrize("guidance", [0.25, 1.0])
+def test_inputs_are_blended_with_those_the_gradients_count(guidance, row_damping):
+    moment, guided, output = moment_of(40), 7 * moment_of(40, seed=4), moment_of(25, seed=9)
+    shared = InputStatistics(moment)
+    layer = shared.of_layer(output_moment=output, guided_moment=guided)
+    metric = layer.metric("full", 0.02, row_damping, guidance)
+    plain, weighted = (m.double().numpy() / np.trace(m.double().numpy()) for m in (moment, guided))
+    expected = transcription_gptq.blended((1 - guidance) * plain + guidance * weighted, 0.02)
+    np.testing.assert_allclose(metric.hessian.numpy(), expected, atol=3e-6 * np.abs(expected).max())
+    assert (metric.row_hessian is None) == (row_damping is None)
+    assert layer.metric("full", 0.02, row_damping, guidance) is metric
+    # other metrics know nothing of it
+    assert layer.metric("full", 0.02) is shared.metric("full", 0.02)
+    assert torch.equal(layer.metric("full", 0.02, row_damping).hessian, shared.metric("full", 0.02).hessian)
+    assert torch.equal(layer.metric("diagonal", 0.02, None, guidance).hessian, shared.metric("diagonal", 0.02).hessian)
+
+
+def test_drifted_inputs_are_not_guided():
+    drifted = InputStatistics(moment_of(40), drift=0.1 * moment_of(40, seed=3), guided_moment=moment_of(40, seed=4))
+    metric = drifted.metric("full", 0.02, None, 0.5)
+    assert metric.drift is not None
+    assert torch.equal(metric.hessian, InputStatistics(moment_of(40)).metric("full", 0.02).hessian)
+
+
 def test_output_moment_of_zeros_is_left_out():
     statistics = InputStatistics(moment_of(40), output_moment=torch.zeros(25, 25))
     assert statistics.metric("full", 0.02, 0.3).row_hessian is None
