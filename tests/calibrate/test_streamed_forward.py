@@ -409,6 +409,7 @@ def test_damaged_weights(tmp_path):
 
 CHILD = """
 import sys, torch
+from loftq.calibrate.backward import StreamedGradients
 from loftq.calibrate.forward import StreamedForward
 from loftq.calibrate.text import CalibrationTokens
 from loftq.checkpoint.source import open_source
@@ -422,22 +423,27 @@ targets = list(plan_modules(meta_model(source.config()), LoftQConfig()))
 ids = torch.randint(0, 128, (8, 64), generator=torch.Generator().manual_seed(0))
 tokens = CalibrationTokens(ids, torch.ones_like(ids, dtype=torch.bool), "random", "0" * 64)
 memory = PeakMemory().start()
-with StreamedForward(source, targets, tokens, propagate=sys.argv[2] == "True", batch_tokens=128) as forward:
+two = sys.argv[2] == "two passes"
+if sys.argv[2] == "gradients":
+    passes = StreamedGradients(source, targets, tokens, windows=4, batch_tokens=128)
+else:
+    passes = StreamedForward(source, targets, tokens, propagate=two, batch_tokens=128)
+with passes as forward:
     for group in forward.groups():
         group.statistics()
-        for name in group.names if forward.propagate else ():
+        for name in group.names if two else ():
             forward.replace(name, torch.zeros(forward._targets[name].weight.shape))
 print(memory.peak())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("propagate", [False, True], ids=["one pass", "two passes"])
-def test_memory_does_not_grow_with_depth(propagate, tmp_path):
+@pytest.mark.parametrize("passes", ["one pass", "two passes", "gradients"])
+def test_memory_does_not_grow_with_depth(passes, tmp_path):
     peaks = {}
     for layers in (6, 24):
         write_llama(tmp_path / f"{layers}", layers)
-        command = [sys.executable, "-c", CHILD, str(tmp_path / f"{layers}"), str(propagate)]
+        command = [sys.executable, "-c", CHILD, str(tmp_path / f"{layers}"), passes]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         peaks[layers] = int(done.stdout)
     megabytes = {layers: f"{peak / 1e6:.1f} MB" for layers, peak in peaks.items()}

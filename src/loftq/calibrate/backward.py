@@ -29,6 +29,7 @@ from loftq.calibrate.calls import tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
 from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
+from loftq.calibrate.spill import Spill
 from loftq.calibrate.streamed import Advance, Streamed, within
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, in_features
@@ -101,6 +102,8 @@ class StreamedGradients(Streamed):
         self.seed = seed
         self._differentiated = len(self._batches)
         self._batches += [] if others is None else make_batches(self._model, others, batch_tokens)
+        # one block's worth after another, whatever the model's depth: on disk at once
+        self._moments = Spill(0)
         self._head = head_name(self._model, self._targets)
         self._blocks = find_blocks(self._model, self._targets)
         self.work = len(self._blocks) * sum(int(b.tokens) for b in self._batches)
@@ -129,7 +132,7 @@ class StreamedGradients(Streamed):
                 collector = Collector(within(block, self._targets), full=True)
                 while self._waiting(Call) == block:
                     self._each(Call, block, partial(self._forward, collector))
-                inputs[block] = self._put_away(collector)
+                inputs[block] = self._put_away(len(inputs), collector)
             while (block := self._waiting(Back)) is not None:
                 self._load(block)
                 gradients = _Gradients(within(block, self._targets), self.fisher)
@@ -147,15 +150,22 @@ class StreamedGradients(Streamed):
         for name, module in unreached.items():
             yield Group((name,), partial(unseen, in_features(module)))
 
-    def _put_away(self, collector: Collector) -> _Inputs:
-        """The moments of a block's inputs wait for the backward pass, on disk if memory is short."""
-        found = _Inputs(self._spill.new_key(), collector.results() if collector.modules else [])
-        self._spill.suspend(found.key, [statistics.second_moment for _, statistics in found.groups])
+    def close(self) -> None:
+        """End the passes and remove what was spilled."""
+        try:
+            super().close()
+        finally:
+            self._moments.close()
+
+    def _put_away(self, key: int, collector: Collector) -> _Inputs:
+        """The moments of a block's inputs wait for the backward pass."""
+        found = _Inputs(key, collector.results() if collector.modules else [])
+        self._moments.suspend(key, [statistics.second_moment for _, statistics in found.groups])
         return found
 
     def _fetch(self, found: _Inputs) -> Iterator[tuple[str, InputStatistics]]:
-        self._spill.restore(found.key)
-        self._spill.drop(found.key)
+        self._moments.restore(found.key)
+        self._moments.drop(found.key)
         for names, statistics in found.groups:
             for name in names:
                 yield name, statistics

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.calibrate.backward import StreamedGradients
-from loftq.calibrate.collect import collect
+from loftq.calibrate.collect import collect, describe
 from loftq.calibrate.forward import Group, StreamedForward
 from loftq.calibrate.statistics import OF_LAYER, Statistics
 from loftq.calibrate.text import CalibrationTokens, calibration_tokens
@@ -163,15 +163,7 @@ def calibrated(
     )
     method = config.method or "loftq-data"
     gradients = _gradients(model, config, METHODS[method])
-    summary = {
-        "name": name,
-        "sha256": tokens.sha256,
-        "windows": tokens.ids.shape[0],
-        "length": tokens.ids.shape[1],
-        "tokens": int(tokens.mask.sum()),
-        "gradients": gradients,
-        "propagate": config.propagate,
-    }
+    summary = {**describe(tokens, True, gradients), "propagate": config.propagate}
     return Inputs(
         method,
         linear,

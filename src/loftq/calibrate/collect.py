@@ -15,14 +15,13 @@ from loftq.calibrate.batches import Batch, make_batches
 from loftq.calibrate.forward import StreamedForward
 from loftq.calibrate.moments import Rows, unseen
 from loftq.calibrate.statistics import Statistics
+from loftq.calibrate.streamed import Advance
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, check_targets, in_features
 from loftq.checkpoint.source import Source, open_source, sha256_file
 from loftq.config import positive_int
 from loftq.errors import ConfigError
 from loftq.solver.importance import InputStatistics
-
-Advance = Callable[[str, int], None]
 
 
 def describe(tokens: CalibrationTokens, full: bool, gradients: int = 0) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def describe(tokens: CalibrationTokens, full: bool, gradients: int = 0) -> dict[
         "length": length,
         "tokens": int(tokens.mask.sum()),
         "full": full,
-        "gradients": gradients,
+        "gradients": min(gradients, windows),
     }
 
 

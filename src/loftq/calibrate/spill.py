@@ -49,7 +49,6 @@ class Spill:
         self.written = 0
         self._folder: Path | None = None
         self._files = 0
-        self._keys = 0
         self._held: dict[int, dict[int, _Held]] = {}
         self._in_memory: dict[int, int] = {}
 
@@ -81,11 +80,6 @@ class Spill:
                     if stream.readinto(_bytes_of(tensor)) != entry.nbytes:
                         raise OSError(f"{entry.path} is shorter than what was written")
         self._in_memory[key] = 0
-
-    def new_key(self) -> int:
-        """For tensors that wait by themselves; passes are numbered from 0."""
-        self._keys -= 1
-        return self._keys
 
     def drop(self, key: int) -> None:
         """Pass ``key`` waits no more."""
