@@ -26,10 +26,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where])
 
 
-def main(argument: str) -> int:
+def main(arguments: list[str]) -> int:
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     shown, _, after = rest.partition(END)
+    (argument,) = arguments
     if argument == "--check":
         return int(shown.strip() != markdown(json.loads(COPY.read_text())))
     results = json.loads(Path(argument).read_text())
@@ -39,4 +40,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

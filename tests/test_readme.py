@@ -2,8 +2,9 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
+
+import pytest
 
 from tiny import tiny_model
 
@@ -23,13 +24,13 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-model/config.json").exists()
 
 
-def test_table_is_the_recorded_result(monkeypatch):
+@pytest.mark.parametrize("script", ["readme_table.py", "init/table.py"])
+def test_tables_are_the_recorded_results(script, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks/readme_table.py")
+    spec = importlib.util.spec_from_file_location("table_of_results", ROOT / "benchmarks" / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main("--check") == 0, "run python benchmarks/readme_table.py RESULTS"
-    sys.modules.pop("readme_table", None)
+    assert module.main(["--check"]) == 0, f"run python benchmarks/{script}"
 
 
 def test_make_commands_named_in_the_readme_exist():
