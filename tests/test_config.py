@@ -171,6 +171,7 @@ INVALID_CONFIG = [
     ("calibration_samples", 0),
     ("calibration_length", 1),
     ("calibration_gradients", -1),
+    ("calibration_gradients", "no"),
     ("propagate", 1),
     ("plan", ""),
     ("target_modules", []),

@@ -4,8 +4,8 @@
     python benchmarks/init/run.py smollm2 --methods loftq,cloq --bits 2
     python benchmarks/init/run.py --plots-only          # pictures again, from the results
 
-Blocks of 64, all linear layers. Gradients are taken on 32 of the windows. An
-interrupted run continues when the same command is run again.
+Blocks of 64, all linear layers. Gradients are taken on 32 of the windows. An interrupted run continues when the same
+command is run again.
 
 | model | rank | calibration | measured on |
 |---|---|---|---|

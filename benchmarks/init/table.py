@@ -15,6 +15,13 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- init tables -->", "<!-- end of init tables -->"
 ORDER = ("smollm2", "stories", "minilm")
 FLOAT = "float"
+NUMBERS = {
+    "perplexity": "perplexity",
+    "KL divergence": "kl",
+    "output error": "output_error",
+    "weight error": "weight_error",
+    "seconds": "seconds",
+}
 
 
 def value(number: float | None, digits: int = 3) -> str:
@@ -38,17 +45,12 @@ def table(record: dict[str, Any]) -> list[str]:
     widths = sorted({bits for m, bits in rows if m != FLOAT})
     language = any(row["perplexity"] is not None for row in rows.values())
     lines = []
-    for what, show in {
-        "perplexity": lambda r: with_error(r["perplexity"], r["perplexity_se"]),
-        "KL divergence": lambda r: with_error(r["kl"], r["kl_se"]),
-        "output error": lambda r: value(r["output_error"]),
-        "weight error": lambda r: value(r["weight_error"]),
-        "seconds": lambda r: value(r["seconds"]),
-    }.items():
-        if not language and what in ("perplexity", "KL divergence"):
+    for what, key in NUMBERS.items():
+        estimated = key in ("perplexity", "kl")
+        if estimated and not language:
             continue
         best = {
-            bits: min((r for (m, b), r in rows.items() if b == bits and m != FLOAT), key=lambda r: r[KEYS[what]])
+            bits: min((r for (m, b), r in rows.items() if b == bits and m != FLOAT), key=lambda r, key=key: r[key])
             for bits in widths
         }
         lines += [f"{what}:", "", "| | " + " | ".join(f"{bits:g} bits" for bits in widths) + " |"]
@@ -57,20 +59,14 @@ def table(record: dict[str, Any]) -> list[str]:
             cells = []
             for bits in widths:
                 row = rows.get((method, bits))
-                shown = "" if row is None else show(row)
-                cells.append(f"**{shown}**" if row is best[bits] and what != "seconds" else shown)
+                if row is None:
+                    shown = ""
+                else:
+                    shown = with_error(row[key], row[f"{key}_se"]) if estimated else value(row[key])
+                cells.append(f"**{shown}**" if row is best[bits] and key != "seconds" else shown)
             lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
         lines.append("")
     return lines
-
-
-KEYS = {
-    "perplexity": "perplexity",
-    "KL divergence": "kl",
-    "output error": "output_error",
-    "weight error": "weight_error",
-    "seconds": "seconds",
-}
 
 
 def markdown() -> str:

@@ -30,7 +30,7 @@ from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_al
 from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
 from loftq.calibrate.spill import Spill
-from loftq.calibrate.streamed import Advance, Streamed, within
+from loftq.calibrate.streamed import Advance, Streamed, runs_again, within
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, in_features
 from loftq.checkpoint.source import Source
@@ -124,10 +124,7 @@ class StreamedGradients(Streamed):
         try:
             while (block := self._waiting(Call)) is not None:
                 if block in inputs:
-                    raise SourceError(
-                        f"{block} runs again after other blocks, expected every block once or several times in a row; "
-                        f"leave its layers out of the calibration"
-                    )
+                    raise runs_again(block)
                 self._load(block)
                 collector = Collector(within(block, self._targets), full=True)
                 while self._waiting(Call) == block:

@@ -25,11 +25,11 @@ from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_al
 from loftq.calibrate.experts import ExpertCollector, check_experts
 from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
-from loftq.calibrate.streamed import Advance, Streamed, within
+from loftq.calibrate.streamed import Advance, Streamed, runs_again, within
 from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import Collector, Trace, grouped, in_features, watching
 from loftq.checkpoint.source import Source
-from loftq.errors import ConfigError, SourceError
+from loftq.errors import ConfigError
 from loftq.solver.importance import InputStatistics
 
 
@@ -106,10 +106,7 @@ class StreamedForward(Streamed):
             while left and (block := self._waiting()) is not None:
                 targets = self._targets_of[block]
                 if (targets or block in self._experts_of) and block not in left:
-                    raise SourceError(
-                        f"{block} runs again after other blocks, expected every block once or several times in a row; "
-                        f"leave its layers out of the calibration"
-                    )
+                    raise runs_again(block)
                 left.discard(block)
                 self._load(block)
                 self._replaced = {}

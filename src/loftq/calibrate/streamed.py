@@ -19,6 +19,7 @@ from loftq.calibrate.text import CalibrationTokens
 from loftq.calibrate.trace import check_targets
 from loftq.checkpoint.source import Source
 from loftq.config import positive_int
+from loftq.errors import SourceError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,6 +103,14 @@ class Streamed:
             self._weights.unload(self._weights.under([self._loaded]))
         self._weights.load(self._weights.under([block]))
         self._loaded = block
+
+
+def runs_again(block: str) -> SourceError:
+    """The refusal of a model that comes back to a block whose weights have been given up."""
+    return SourceError(
+        f"{block} runs again after other blocks, expected every block once or several times in a row; leave its layers out "
+        f"of the calibration"
+    )
 
 
 def within(block: str, named: Mapping[str, T]) -> dict[str, T]:

@@ -116,9 +116,12 @@ class InputStatistics:
                     self._own[key] = self._of_gradients(kind, damping, row_damping, guidance if guided else 0.0)
                 return self._own[key]
         with self._lock:
-            if (kind, damping) not in self._metrics:
-                self._metrics[kind, damping] = _metric(self, kind, damping)
-            return self._metrics[kind, damping]
+            return self._of_inputs(kind, damping)
+
+    def _of_inputs(self, kind: str, damping: float) -> Metric:
+        if (kind, damping) not in self._metrics:
+            self._metrics[kind, damping] = _metric(self, kind, damping)
+        return self._metrics[kind, damping]
 
     def _of_gradients(self, kind: str, damping: float, row_damping: float | None, guidance: float) -> Metric:
         if guidance and self.second_moment.dim() == 2 and self.guided_moment is not None:
@@ -126,9 +129,7 @@ class InputStatistics:
             plain, guided = (m / m.diagonal().mean().clamp_min(torch.finfo(m.dtype).tiny) for m in moments)
             metric = _full(plain.lerp(guided, guidance), None, damping)
         else:
-            if (kind, damping) not in self._metrics:
-                self._metrics[kind, damping] = _metric(self, kind, damping)
-            metric = self._metrics[kind, damping]
+            metric = self._of_inputs(kind, damping)
         if self.output_moment is None or row_damping is None:
             return metric
         return _with_rows(metric, self.output_moment, row_damping)
