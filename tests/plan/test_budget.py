@@ -196,6 +196,15 @@ def test_modules_outside_the_layers_get_the_low_bits():
     assert [n for n, c in rule.choices.items() if c.bits == 2] == ["head"]
 
 
+def test_a_measured_average_allows_what_it_was_measured_on():
+    table = synthetic(32)
+    low, high = Choice(2, 64, 8), Choice(4, 64, 8)
+    for count in range(1, 32):
+        rule = first_layers_plan(table, count, high, low)
+        measured = Budget(bits_per_weight=rule.bits_per_weight)
+        assert largest_first_layers(table, measured, high, low) == (count, rule)
+
+
 def test_target_bits_leave_scales_out():
     table = synthetic(4)
     found = best_plan(table, Budget(code_bits=2.5))

@@ -203,25 +203,28 @@ def _usage(table: ErrorTable, name: str, choice: Choice, budget: Budget) -> list
 
 def _limits(table: ErrorTable, budget: Budget) -> list[int]:
     weights = sum(entry.numel for entry in table.modules.values())
-    # in fractions: a float product can fall below a limit that is met exactly, such as 4.25 bits
     if budget.bits_per_weight is not None:
-        limits = [math.floor(_decimal(budget.bits_per_weight) * weights / 8)]
+        limits = [_floor(budget.bits_per_weight, Fraction(weights, 8))]
     elif budget.code_bits is not None:
-        limits = [math.floor(_decimal(budget.code_bits) * weights)]
+        limits = [_floor(budget.code_bits, weights)]
     else:
         assert budget.nbytes is not None
         limits = [int(budget.nbytes)]
     if budget.average_rank is not None:
         parameters = sum(adapter_parameters(entry, 1) for entry in table.modules.values())
-        limits.append(math.floor(_decimal(budget.average_rank) * parameters))
+        limits.append(_floor(budget.average_rank, parameters))
     elif budget.adapter_bytes is not None:
         limits.append(int(budget.adapter_bytes) // 4)
     return limits
 
 
-def _decimal(value: float) -> Fraction:
-    """The number that was typed: 2.3 rather than the float just below it."""
-    return Fraction(repr(float(value)))
+def _floor(average: float, count: int | Fraction) -> int:
+    """How many whole units an average allows.
+
+    In fractions, of the number that was typed: 2.3 rather than the float just below it. The thousandth is for averages that
+    were measured: printed and read again, one must allow what it was measured on.
+    """
+    return math.floor(Fraction(repr(float(average))) * count + Fraction(1, 1000))
 
 
 def _units(table: ErrorTable, budget: Budget) -> list[Any]:
