@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -72,6 +73,21 @@ def divergence(path: Path, source: Path, ids: torch.Tensor) -> float:
     p = torch.log_softmax(AutoModelForCausalLM.from_pretrained(source)(ids).logits.double(), -1)
     q = torch.log_softmax(loftq.load(path)(ids).logits.double(), -1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_a_rate_that_is_too_high_is_lowered_until_it_helps(out, ids):
+    options = {"stages": ("model",), "learning_rate": 0.3, "epochs": 2, "batch_tokens": 64}
+    report = refine(out, text=ids, settings=QUICK, progress=False, **options)
+    curve = report.stages[0].curve
+    print(report.before, curve)
+    assert curve[0]["held_out"] is None or curve[0]["held_out"] > report.before, "the test's rate is not too high"
+    assert report.changed
+    assert report.after < 0.95 * report.before
+    lowest = report.before
+    for entry, following in itertools.pairwise(curve):
+        better = entry["held_out"] is not None and entry["held_out"] < lowest
+        lowest = entry["held_out"] if better else lowest
+        assert following["learning_rate"] == pytest.approx(entry["learning_rate"] * (1 if better else 1 / 3))
 
 
 @pytest.mark.parametrize(

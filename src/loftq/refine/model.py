@@ -24,6 +24,11 @@ from loftq.refine.teacher import TokenStates, body, last_hidden
 from loftq.refine.windows import Windows
 
 EVALUATIONS = 8  # in a full run
+SLOWER = 1 / 3
+"""Factor of the learning rate after an evaluation that is no better than the best, to which the run returns.
+
+How large a step helps depends on how far the quantized model still is from the original, which nobody knows beforehand.
+"""
 
 
 class Distance:
@@ -122,6 +127,7 @@ class ModelStage:
             "step": self.optimizer.step_number,
             "lowest": self.lowest,
             "waited": self.waited,
+            "factor": self.optimizer.factor,
             "tokens": self.tokens,
             "curve": self.curve,
             "recent": self._recent,
@@ -139,6 +145,7 @@ class ModelStage:
         put_back(self.parameters, {n: tensors[f"p.{n}"] for n in self.parameters})
         self.best = {n: tensors[f"b.{n}"].to(p.device).clone() for n, p in self.parameters.items()}
         self.optimizer.restore(tensors, progress["step"])
+        self.optimizer.factor = progress["factor"]
         self.lowest, self.waited, self.tokens = progress["lowest"], progress["waited"], progress["tokens"]
         self.curve, self._recent = list(progress["curve"]), list(progress["recent"])
 
@@ -177,11 +184,14 @@ class ModelStage:
         value = self.distance.held_out()
         loss = sum(self._recent) / len(self._recent)
         self._recent = []
-        self.curve.append({"step": step, "loss": _number(loss), "held_out": _number(value)})
+        rate = self.settings.learning_rate * self.optimizer.factor
+        self.curve.append({"step": step, "loss": _number(loss), "held_out": _number(value), "learning_rate": rate})
         if value < self.lowest:
             self.lowest, self.best, self.waited = value, snapshot(self.parameters), 0
         else:
             self.waited += 1
+            put_back(self.parameters, self.best)
+            self.optimizer.slow_down(SLOWER)
 
 
 def _number(value: float) -> float | None:

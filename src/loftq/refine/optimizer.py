@@ -24,6 +24,9 @@ def schedule(step: int, steps: int) -> float:
 class Optimizer:
     """Steps over named parameters; those named ``….factor`` have a learning rate of their own.
 
+    Attributes:
+        factor: of the learning rates, for who finds them too high.
+
     Args:
         parameters: name -> parameter.
         learning_rate, scales_learning_rate: the highest.
@@ -36,6 +39,7 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.steps = steps
         self.step_number = 0
+        self.factor = 1.0
         adapters = [p for n, p in self.parameters.items() if not n.endswith(".factor")]
         factors = [p for n, p in self.parameters.items() if n.endswith(".factor")]
         groups = [(adapters, learning_rate), (factors, scales_learning_rate)]
@@ -53,11 +57,17 @@ class Optimizer:
         finite = bool(torch.isfinite(norm))
         if finite:
             for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-                group["lr"] = rate * schedule(self.step_number, self.steps)
+                group["lr"] = self.factor * rate * schedule(self.step_number, self.steps)
             self._adam.step()
         self._adam.zero_grad()
         self.step_number += 1
         return finite
+
+    def slow_down(self, factor: float) -> None:
+        """Smaller steps from now on, in directions that what was left behind does not decide."""
+        self.factor *= factor
+        for state in self._adam.state.values():
+            state["exp_avg"].zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """First and second moments as ``m.NAME`` and ``v.NAME``."""
