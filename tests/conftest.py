@@ -1,4 +1,4 @@
-"""Fixtures for real weights, found on this machine and never downloaded."""
+"""Real weights, found on this machine and never downloaded; small random models, and data they can learn in seconds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors import safe_open
+
+from words import write_rows
 
 # The same examples on every run and machine; no deadline, because the first call of a kernel compiles it.
 settings.register_profile("loftq", deadline=None, derandomize=True, database=None)
@@ -84,3 +86,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# transformers takes seconds to import, which most tests do not need
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantized decoder; its source is beside it in ``source``."""
+    from small import quantized_llama
+
+    return quantized_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantized bare encoder, without any head."""
+    from small import quantized_bert
+
+    return quantized_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantized encoder-decoder."""
+    from small import quantized_bart
+
+    return quantized_bart(tmp_path_factory.mktemp("bart"))
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``a+b=`` -> the sum, of one-digit numbers."""
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
+    return write_rows(tmp_path_factory.mktemp("sums") / "sums.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def letters_a_or_b(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Which letter a word is made of: a task that any encoder learns."""
+    rows = [{"text": c * n, "label": name} for n in range(1, 13) for c, name in (("a", "first"), ("b", "second"))]
+    return write_rows(tmp_path_factory.mktemp("words") / "words.jsonl", rows)

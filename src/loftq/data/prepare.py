@@ -1,0 +1,198 @@
+"""One call from the name of a data set to the examples of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loftq.config import is_bool, one_of, positive_int, reject_unknown
+from loftq.data.examples import Examples
+from loftq.data.labels import classification_examples, label_names, regression_examples
+from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_template, completion_examples, pack
+from loftq.data.questions import question_examples
+from loftq.data.roles import Roles
+from loftq.data.rows import Row, read_rows
+from loftq.data.summaries import summary_examples
+from loftq.data.tasks import TASKS, task
+from loftq.errors import ConfigError
+
+DEFAULT_LENGTH = {"causal": 512, "completion": 512, "chat": 1024, "qa": 384, "summarization": 512}
+"""``max_length`` of a task where none is given, or the model's positions if fewer; 128 for the others."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to train or measure on.
+
+    Args:
+        task: a name of :data:`loftq.data.tasks.TASKS`.
+        data: file, folder of splits, or hub data set (``ID`` or ``ID:CONFIG``).
+        split: of a folder or a hub data set.
+        map: column -> role, for columns whose names are not the usual ones; numbers for a file without header.
+        labels: the classes of a classification in the order of their numbers; empty to take them from the training data.
+        max_length: tokens of an input; ``None`` for the task's usual length.
+        max_target_length: tokens of a summary. doc_stride: tokens that neighbouring windows of a context share;
+            ``None`` for 128, or a third of ``max_length`` if that is less.
+        packing: several texts to a window. ``None``: for running text only.
+        prompt_template: what a prompt (for summarization the text) is put into, with ``{prompt}`` in its place.
+        limit: use the first rows only.
+
+    Raises:
+        ConfigError: for a value that does not fit.
+    """
+
+    task: str
+    data: str
+    split: str = "train"
+    map: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    max_length: int | None = None
+    max_target_length: int = 128
+    doc_stride: int | None = None
+    packing: bool | None = None
+    prompt_template: str = PROMPT
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("task", self.task, TASKS)
+        if not isinstance(self.data, (str, Path)) or not str(self.data):
+            raise ConfigError(f"data is {self.data!r}, expected a file, a folder of splits or a hub data set")
+        object.__setattr__(self, "data", str(self.data))
+        if not isinstance(self.map, Mapping):
+            raise ConfigError(f"map is {self.map!r}, expected a mapping from columns to roles")
+        object.__setattr__(self, "map", {str(column): str(role) for column, role in self.map.items()})
+        if not isinstance(self.labels, (list, tuple)) or not all(
+            isinstance(name, str) and name for name in self.labels
+        ):
+            raise ConfigError(f"labels is {self.labels!r}, expected names of classes")
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if self.labels and (
+            self.task != "classification" or len(set(self.labels)) != len(self.labels) or len(self.labels) < 2
+        ):
+            raise ConfigError(
+                f"labels is {', '.join(self.labels)}, expected at least two different names, for the task classification"
+            )
+        for name in ("max_length", "limit", "doc_stride"):
+            if getattr(self, name) is not None:
+                positive_int(name, getattr(self, name), 2 if name == "max_length" else 1)
+        positive_int("max_target_length", self.max_target_length, 2)
+        if self.packing is not None:
+            is_bool("packing", self.packing)
+        if self.packing and not task(self.task).is_causal:
+            raise ConfigError(f"packing is on, but the task {self.task} has one text an input; turn it off")
+        checked_template(self.prompt_template)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataSettings:
+        reject_unknown("data", values, [f.name for f in dataclasses.fields(cls)])
+        for name in ("task", "data"):
+            if name not in values:
+                raise ConfigError(f"the data settings have no {name}, expected at least task and data; add it")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> DataSettings:
+        return dataclasses.replace(self, **changes)
+
+    def length(self, config: Any | None) -> int:
+        """Tokens of an input for a model of this config.
+
+        Raises:
+            ConfigError: ``max_length`` is beyond the model's positions.
+        """
+        limit = positions(config)
+        wanted = self.max_length or min(DEFAULT_LENGTH.get(self.task, 128), limit or DEFAULT_LENGTH.get(self.task, 128))
+        if limit is not None and wanted > limit:
+            raise ConfigError(
+                f"max_length is {wanted}, but the model has {limit} positions; lower it to at most {limit}"
+            )
+        return wanted
+
+
+def positions(config: Any | None) -> int | None:
+    """How many tokens a model can see, if its config limits them."""
+    if config is None:
+        return None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa's family numbers positions from the padding token's id + 1
+    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    return limit - offset if isinstance(limit, int) and limit > 0 else None
+
+
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
+
+
+def rows_of(settings: DataSettings) -> Iterable[Row]:
+    """The rows of a data set by role, read as they are asked for.
+
+    Raises:
+        SourceError, ConfigError: see :func:`loftq.data.rows.read_rows` and :class:`loftq.data.roles.Roles`.
+    """
+    numbered = bool(settings.map) and all(column.isdigit() for column in settings.map)
+    rows = iter(read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit))
+    first = next(rows)
+    roles = Roles.find(task(settings.task), first, settings.map)
+    return roles.apply(_chain(first, rows))
+
+
+def _chain(first: Row, rest: Iterable[Row]) -> Iterable[Row]:
+    yield first
+    yield from rest
+
+
+def prepare(
+    settings: DataSettings, tokenizer: Any, config: Any | None = None, *, labels: Sequence[str] | None = None
+) -> tuple[Examples, list[str] | None]:
+    """The examples of a split.
+
+    Args:
+        tokenizer: of the model. config: of the model, for its number of positions.
+        labels: the classes in the order of their numbers, where a training split has decided them already.
+
+    Returns:
+        The examples, and for classification the classes.
+
+    Raises:
+        SourceError: a row that does not fit, by file and line. ConfigError: a setting that does not fit the model.
+    """
+    length = settings.length(config)
+    limit = positions(config)
+    if settings.task == "summarization" and limit is not None and settings.max_target_length > limit:
+        raise ConfigError(
+            f"max_target_length is {settings.max_target_length}, but the model has {limit} positions; lower it to at most "
+            f"{limit}"
+        )
+    rows = rows_of(settings)
+    if settings.task == "classification":
+        labels = labels or settings.labels
+        if not labels:
+            rows = list(rows)
+            labels = label_names(rows)
+        found = classification_examples(rows, tokenizer, length, labels)
+        return found.checked(settings.data), list(labels)
+    found = _builder(settings, tokenizer, length)(rows).checked(settings.data)
+    if settings.packing and settings.task != "causal":
+        found = pack(found)
+    return found, None
+
+
+def _builder(settings: DataSettings, tokenizer: Any, length: int) -> Callable[[Iterable[Row]], Examples]:
+    template = settings.prompt_template
+    builders: dict[str, Callable[[Iterable[Row]], Examples]] = {
+        "causal": lambda rows: causal_examples(rows, tokenizer, length, packing=settings.packing is not False),
+        "completion": lambda rows: completion_examples(rows, tokenizer, length, template=template),
+        "chat": lambda rows: chat_examples(rows, tokenizer, length),
+        "regression": lambda rows: regression_examples(rows, tokenizer, length),
+        "qa": lambda rows: question_examples(
+            rows, tokenizer, length, doc_stride=settings.doc_stride or min(128, length // 3)
+        ),
+        "summarization": lambda rows: summary_examples(
+            rows, tokenizer, length, max_target_length=settings.max_target_length, template=template
+        ),
+    }
+    return builders[settings.task]

@@ -1,0 +1,165 @@
+"""From a row's columns to what a task needs of it, with one sentence for every row that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loftq.data.rows import Row
+from loftq.data.tasks import Task
+from loftq.errors import ConfigError, SourceError
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which column plays which role.
+
+    Attributes:
+        task: whose roles they are. columns: role -> column.
+    """
+
+    task: Task
+    columns: Mapping[str, str]
+
+    @classmethod
+    def find(cls, task: Task, first: Row, mapping: Mapping[str, str]) -> Roles:
+        """From ``--map`` (column -> role) and, for what it leaves open, the usual names of columns.
+
+        Raises:
+            ConfigError: a role that the task does not have, or is given twice. SourceError: the row lacks a column.
+        """
+        known = (*task.roles, *task.instead, *task.optional)
+        chosen: dict[str, str] = {}
+        for column, role in mapping.items():
+            if role not in known:
+                raise ConfigError(
+                    f"column {column!r} is mapped to {role!r}, expected one of {', '.join(known)} for the task {task.name}"
+                )
+            if role in chosen:
+                raise ConfigError(f"{role} is mapped to both {chosen[role]!r} and {column!r}; give one column")
+            if column not in first.values:
+                raise SourceError(f"{first.where} has no column {column!r}, it has {_columns(first)}; correct --map")
+            chosen[role] = column
+        for role in known:
+            taken = {*chosen.values(), *mapping}
+            guesses = [c for c in task.candidates(role) if c in first.values and c not in taken]
+            if role not in chosen and guesses:
+                chosen[role] = guesses[0]
+        missing = [role for role in task.roles if role not in chosen]
+        if missing and task.instead and all(role in chosen for role in task.instead):
+            missing = []
+        elif task.instead and not missing:
+            chosen = {role: column for role, column in chosen.items() if role not in task.instead}
+        if missing:
+            raise SourceError(
+                f"{first.where} has the columns {_columns(first)}, but none is known as {missing[0]} of the task "
+                f"{task.name}; say which with --map COLUMN={missing[0]}"
+            )
+        return cls(task, chosen)
+
+    def apply(self, rows: Iterable[Row]) -> Iterable[Row]:
+        """Rows whose values go by role, checked.
+
+        Raises:
+            SourceError: a row lacks a column or holds something of another kind.
+        """
+        for row in rows:
+            values = {}
+            for role, column in self.columns.items():
+                if column not in row.values:
+                    raise SourceError(
+                        f"{row.where} has no column {column!r}, it has {_columns(row)}; repair or remove it"
+                    )
+                values[role] = _CHECKS[role](row.values[column], f"{row.where}: {column}")
+            yield Row(values, row.where)
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row.values)) or "none"
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise SourceError(f"{where} is {_shown(value)}, expected a text; repair or remove the row")
+    if not value.strip():
+        raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
+    return _encodable(value, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where} has half a character, {_shown(text[error.start])}, at {error.start}; repair or remove the row"
+        ) from None
+    return text
+
+
+def _label(value: Any, where: str) -> str | int | float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (str, int, float))
+        or (isinstance(value, str) and not value.strip())
+    ):
+        raise SourceError(
+            f"{where} is {_shown(value)}, expected a label (a name or a number); repair or remove the row"
+        )
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise SourceError(f"{where} is {_shown(value)}, expected a list of messages; repair or remove the row")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise SourceError(
+                f"{where} has the message {_shown(message)}, expected a role and a content, both texts; repair or remove "
+                f"the row"
+            )
+        _encodable(message["content"], where)
+    if not any(message["role"] == "assistant" for message in value):
+        raise SourceError(f"{where} has no message of the assistant, and so nothing to learn; remove the row")
+    return value
+
+
+def _answers(value: Any, where: str) -> dict[str, list[Any]]:
+    fits = (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), list)
+        and isinstance(value.get("answer_start"), list)
+        and len(value["text"]) == len(value["answer_start"])
+        and all(isinstance(t, str) and t.strip() for t in value["text"])
+        and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in value["answer_start"])
+    )
+    if not fits or not value["text"]:
+        raise SourceError(
+            f"{where} is {_shown(value)}, expected text and answer_start, two lists of equal length, as in SQuAD v1.1"
+        )
+    return value
+
+
+def _identifier(value: Any, where: str) -> str:
+    return str(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+_CHECKS = {
+    "text": _text,
+    "text_pair": _text,
+    "prompt": _text,
+    "completion": _text,
+    "summary": _text,
+    "context": _text,
+    "question": _text,
+    "messages": _messages,
+    "label": _label,
+    "answers": _answers,
+    "id": _identifier,
+}

@@ -1,0 +1,105 @@
+"""Rows of a data set, each with the place it comes from, so that whatever is wrong with one can be found.
+
+A data set is a file, a folder with one file a split (``train.jsonl``, ``validation.tsv``), or a data set of the hub as
+``ID`` or ``ID:CONFIG``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from loftq.data.formats import SUFFIXES, FormatOptions, reader_for
+from loftq.errors import ConfigError, SourceError, first_line
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+# names under which people keep the same split
+_SPLITS = {
+    "validation": ("validation", "dev", "val", "valid"),
+    "train": ("train", "training"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: column -> value, and where it is, such as ``train.jsonl, line 7``."""
+
+    values: dict[str, Any]
+    where: str
+
+
+def read_rows(
+    name: str | Path, *, split: str = "train", numbered: bool = False, limit: int | None = None
+) -> Iterator[Row]:
+    """The rows of a data set, one at a time.
+
+    Args:
+        name: file, folder, or hub data set.
+        split: of a folder or a hub data set; a file is one split.
+        numbered: columns of a CSV or TSV file are called ``0``, ``1``, … because it has no header.
+        limit: stop after so many rows.
+
+    Raises:
+        SourceError: no such data set, an unreadable one, or one without rows; the message names file and line.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            path = _file_of(path, split)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
+    found: Iterator[Row]
+    if path.is_file():
+        found = (Row(values, where) for values, where in reader_for(path)(path, FormatOptions(numbered)))
+    elif _HUB_NAME.fullmatch(str(name)) and path.suffix.lower() not in SUFFIXES:
+        found = _hub_rows(str(name), split)
+    else:
+        raise SourceError(f"data {str(name)!r} does not exist, expected a file, a folder of splits or a hub data set")
+    count = 0
+    for row in islice(found, limit):
+        count += 1
+        yield row
+    if count == 0:
+        raise SourceError(f"{path if path.exists() else name} has no rows, expected at least one")
+
+
+def _file_of(folder: Path, split: str) -> Path:
+    names = _SPLITS.get(split, (split,))
+    found = [f for n in names for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.stem == n]
+    if not found:
+        # `valid.unk.txt`, `test1000.jsonl`: more than the split's name, but nothing else begins with it
+        found = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name.startswith(names)]
+    if not found:
+        here = ", ".join(f.name for f in sorted(folder.iterdir()) if f.is_file()) or "no files"
+        raise SourceError(
+            f"{folder} has no file for the split {split!r}, expected {split}.jsonl or the like; it has {here}"
+        )
+    if len(found) > 1 and found[0].stem not in names:
+        raise SourceError(
+            f"{folder} has {found[0].name} and {found[1].name} for the split {split!r}, expected one; name the file itself"
+        )
+    return found[0]
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ConfigError(
+            f"data {name!r} is no file here, and data sets of the hub need another package; give a file, or "
+            f'pip install "loftq[train]"'
+        ) from None
+    identifier, _, config = name.partition(":")
+    try:
+        data: Any = load_dataset(identifier, config or None, split=split, streaming=True)
+        for number, values in enumerate(data):
+            yield Row(dict(values), f"{name} {split}, row {number}")
+    except Exception as error:
+        raise SourceError(
+            f"data set {name} could not be read ({first_line(error)}); check its name, its split {split!r} and the network"
+        ) from None

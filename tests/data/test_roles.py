@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from loftq.data.roles import Roles
+from loftq.data.rows import Row
+from loftq.data.tasks import TASKS, task
+from loftq.errors import ConfigError, SourceError
+
+
+def columns(name: str, row: dict, mapping: dict | None = None) -> dict[str, str]:
+    return dict(Roles.find(task(name), Row(row, "f, line 1"), mapping or {}).columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("classification", {"sentence": "", "label": 0}, {"text": "sentence", "label": "label"}),
+        (
+            "classification",  # MRPC, STS-B, RTE
+            {"sentence1": "", "sentence2": "", "label": 0, "idx": 0},
+            {"text": "sentence1", "text_pair": "sentence2", "label": "label"},
+        ),
+        (
+            "classification",  # QNLI
+            {"question": "", "sentence": "", "label": 0},
+            {"text": "question", "text_pair": "sentence", "label": "label"},
+        ),
+        (
+            "classification",  # MNLI and ANLI
+            {"premise": "", "hypothesis": "", "label": 0},
+            {"text": "premise", "text_pair": "hypothesis", "label": "label"},
+        ),
+        ("regression", {"text": "", "score": 0}, {"text": "text", "label": "score"}),
+        ("completion", {"question": "", "answer": ""}, {"prompt": "question", "completion": "answer"}),
+        ("chat", {"prompt": "", "completion": ""}, {"prompt": "prompt", "completion": "completion"}),
+        ("chat", {"messages": [], "prompt": ""}, {"messages": "messages"}),
+        ("summarization", {"document": "", "summary": ""}, {"text": "document", "summary": "summary"}),
+        ("summarization", {"article": "", "highlights": ""}, {"text": "article", "summary": "highlights"}),
+        ("qa", {"context": "", "question": "", "answers": {}}, {r: r for r in ("context", "question", "answers")}),
+    ],
+)
+def test_usual_names(name, row, expected):
+    assert columns(name, row) == expected
+
+
+def test_map_wins_and_frees_nothing(tmp_path):
+    assert columns("classification", {"text": "", "body": "", "y": 0}, {"body": "text", "y": "label"}) == {
+        "text": "body",
+        "label": "y",
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping", "error", "words"),
+    [
+        ({"a": "", "label": 0}, {}, SourceError, "f, line 1 has the columns a, label, but none is known as text"),
+        ({"a": ""}, {"a": "title"}, ConfigError, "expected one of text, label, text_pair"),
+        ({"a": "", "b": ""}, {"a": "text", "b": "text"}, ConfigError, "mapped to both 'a' and 'b'"),
+        ({"a": ""}, {"b": "text"}, SourceError, "has no column 'b', it has a"),
+    ],
+)
+def test_wrong_maps(row, mapping, error, words):
+    with pytest.raises(error) as raised:
+        columns("classification", row, mapping)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("causal", {"text": 3}, "f, line 2: text is 3, expected a text"),
+        ("causal", {"text": "  "}, "f, line 2: text is empty"),
+        ("causal", {"text": "a\ud800"}, r"f, line 2: text has half a character, '\ud800', at 1"),
+        ("chat", {"messages": [{"role": "assistant", "content": "\udfff"}]}, "messages has half a character"),
+        ("classification", {"text": "a", "label": " "}, "label is ' ', expected a label"),
+        ("chat", {"messages": [{"role": "user", "content": None}]}, "both texts; repair or remove the row"),
+        ("qa", {"context": "a", "question": "b", "answers": {"text": [" "], "answer_start": [0]}}, "as in SQuAD v1.1"),
+        ("causal", {"body": "a"}, "f, line 2 has no column 'text', it has body"),
+        ("classification", {"text": "a", "label": None}, "f, line 2: label is None, expected a label"),
+        ("classification", {"text": "a", "label": True}, "label is True"),
+        ("chat", {"messages": "hello"}, "expected a list of messages"),
+        ("chat", {"messages": [{"role": "user"}]}, "expected a role and a content"),
+        ("chat", {"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        ("qa", {"context": "a", "question": "b", "answers": {"text": ["a"]}}, "as in SQuAD v1.1"),
+        ("qa", {"context": "a", "question": "b", "answers": {"text": [], "answer_start": []}}, "as in SQuAD v1.1"),
+    ],
+)
+def test_rows_that_do_not_fit(name, row, words):
+    good = {role: role for role in TASKS[name].roles}
+    with pytest.raises(SourceError) as raised:
+        list(Roles(task(name), good).apply([Row(row, "f, line 2")]))
+    assert words in str(raised.value), raised.value
