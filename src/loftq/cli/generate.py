@@ -24,17 +24,19 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     quiet_transformers()
-    from loftq.evaluate.models import continue_prompt, load_for_inference, load_tokenizer
+    from loftq.evaluate.generation import chat_prompt, generate_texts
+    from loftq.evaluate.models import load_for_inference, load_tokenizer
     from loftq.report.tables import print_json
 
     loaded = load_for_inference(model, adapter=adapter, use_adapter=not no_adapter, dtype=dtype)
-    text = continue_prompt(
+    tokenizer = load_tokenizer(model)
+    (text,) = generate_texts(
         loaded,
-        load_tokenizer(model),
-        prompt,
+        tokenizer,
+        [chat_prompt(tokenizer, prompt)] if chat else [prompt],
         max_new_tokens=max_new_tokens,
+        batch_size=1,
         temperature=temperature,
-        chat=chat,
         seed=seed,
     )
     if json_output:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loftq.errors import ConfigError
 from loftq.evaluate.head import Head, chunks, losses, losses_and_divergence, parts_of
+from loftq.evaluate.models import eval_mode
 from loftq.evaluate.perplexity import checked_ids, mean_and_error, windows
 
 Advance = Callable[[str, int], None]
@@ -96,11 +97,9 @@ class Reference:
         """
         ids = checked_ids(model, ids, window)
         device = next(p.device for p in model.parameters())
-        was_training = model.training
-        model.eval()
         states: Tensor | None = None
         found: list[Tensor] = []
-        try:
+        with eval_mode(model):
             parts = parts_of(model, ids[:window])
             done = 0
             for batch, fresh in windows(ids, window, window, 1):
@@ -115,8 +114,6 @@ class Reference:
                     states[done : done + kept.shape[0]] = kept.to("cpu", states.dtype)
                     done += kept.shape[0]
                     advance("tokens", kept.shape[0])
-        finally:
-            model.train(was_training)
         assert states is not None
         nll = torch.cat(found)
         return cls(ids, window, parts.head, states, Score.of(nll, torch.zeros_like(nll)))
@@ -144,11 +141,9 @@ def score(model: nn.Module, reference: Reference, *, advance: Advance = _silent)
     """
     ids = checked_ids(model, reference.ids, reference.window)
     device = next(p.device for p in model.parameters())
-    was_training = model.training
-    model.eval()
     nll: list[Tensor] = []
     kl: list[Tensor] = []
-    try:
+    with eval_mode(model):
         parts = parts_of(model, ids[: reference.window])
         done = 0
         for batch, fresh in windows(ids, reference.window, reference.window, 1):
@@ -167,6 +162,4 @@ def score(model: nn.Module, reference: Reference, *, advance: Advance = _silent)
                 kl.append(divergence)
                 done += logits.shape[0]
                 advance("tokens", logits.shape[0])
-    finally:
-        model.train(was_training)
     return Score.of(torch.cat(nll), torch.cat(kl))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,36 +117,12 @@ def default_window(model: nn.Module, window: int | None) -> int:
     return min(1024, getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1024)
 
 
-def continue_prompt(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    chat: bool = False,
-    seed: int = 0,
-) -> str:
-    """The text a model adds to a prompt, greedily or sampled.
-
-    Raises:
-        ConfigError: for a chat without a chat template.
-    """
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ConfigError("--chat was given, but the model's tokenizer has no chat template; leave it out")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if inputs.input_ids.shape[1] == 0:
-        raise ConfigError("the prompt is empty, expected some text to continue")
-    inputs = inputs.to(next(model.parameters()).device)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling)  # type: ignore[operator]
-    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

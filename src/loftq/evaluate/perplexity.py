@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loftq.config import positive_int
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.head import chunks, losses, parts_of
+from loftq.evaluate.models import eval_mode
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ def perplexity(
         raise ConfigError(f"stride is {stride}, expected at most the window of {window}, or tokens would be left out")
 
     device = next(p.device for p in model.parameters())
-    was_training = model.training
-    model.eval()
     found: list[Tensor] = []
-    try:
+    with eval_mode(model):
         parts = parts_of(model, ids[:window])
         for batch, fresh in windows(ids, window, stride, batch_size):
             hidden = parts.body(batch[:, :-1].to(device))[:, -fresh:].flatten(0, 1)
@@ -81,8 +80,6 @@ def perplexity(
             for chunk in chunks(targets.numel()):
                 found.append(losses(parts.head.logits(hidden[chunk]), targets[chunk]))
                 advance("tokens", found[-1].numel())
-    finally:
-        model.train(was_training)
     nll = torch.cat(found)
     mean, error = mean_and_error(nll)
     # exp beyond float64 is a broken model, not a crash

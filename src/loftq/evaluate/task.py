@@ -1,0 +1,280 @@
+"""Measuring a model on the examples of a task: its metrics, and what it predicted for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loftq.config import one_of
+from loftq.data.collate import Collator, padding_id
+from loftq.data.examples import IGNORED, Example, Examples
+from loftq.data.tasks import task
+from loftq.errors import ConfigError
+from loftq.evaluate import gsm8k
+from loftq.evaluate.generation import generate_texts
+from loftq.evaluate.head import chunks, losses, parts_of
+from loftq.evaluate.metrics import METRICS, score_labels
+from loftq.evaluate.perplexity import mean_and_error
+from loftq.evaluate.predictions import Prediction
+from loftq.evaluate.rouge import ROUGE, pair_scores, score_summaries
+from loftq.evaluate.squad import best_spans, score_answers
+from loftq.evaluate.squad import f1 as squad_f1
+
+Advance = Callable[[str, int], None]
+GENERATED = ("gsm8k", "gsm8k_published", "exact_match", *ROUGE)
+"""Metrics of the texts that a causal language model writes."""
+SMALLER_IS_BETTER = ("perplexity", "loss")
+
+
+def metrics_of(name: str) -> tuple[str, ...]:
+    """The metrics that a task knows, its usual ones first."""
+    chosen = task(name)
+    if chosen.is_causal:
+        more: tuple[str, ...] = ("loss", *(GENERATED if name != "causal" else ()))
+    elif name in ("classification", "regression"):
+        kind = "labels" if name == "classification" else "values"
+        more = tuple(n for n, m in METRICS.items() if m.expects == kind)
+    else:
+        more = ("exact_match", "f1") if name == "qa" else tuple(ROUGE)
+    return (*chosen.metrics, *(m for m in more if m not in chosen.metrics))
+
+
+def check_metrics(name: str, metrics: Sequence[str]) -> tuple[str, ...]:
+    """The metrics, if the task knows them all.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not metrics:
+        raise ConfigError(f"no metric is named, expected some of {', '.join(metrics_of(name))}")
+    return tuple(one_of("metric", m, metrics_of(name)) for m in metrics)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """``metrics``: name -> value, with standard errors ``…_se`` where they are known; accuracy and the like in percent."""
+
+    metrics: dict[str, float | None]
+    predictions: list[Prediction]
+    examples: int = 0
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Examples,
+    metrics: Sequence[str],
+    *,
+    batch_size: int = 8,
+    labels: Sequence[str] | None = None,
+    max_new_tokens: int = 256,
+    num_beams: int = 1,
+    advance: Advance = lambda what, count: None,
+) -> Measurement:
+    """Measure a model.
+
+    Args:
+        model: of the task's class; set to eval mode for the duration.
+        examples: of :func:`loftq.data.prepare.prepare`, not packed. metrics: of :func:`metrics_of`.
+        batch_size: examples at once. labels: the classes in the order of their numbers.
+        max_new_tokens, num_beams: of texts that a metric needs.
+        advance: called with what is done and how many examples of it.
+
+    Raises:
+        ConfigError: a metric that the task does not know.
+    """
+    metrics = check_metrics(examples.task, metrics)
+    was_training = model.training
+    model.eval()
+    try:
+        collator = Collator(examples.task, padding_id(model, tokenizer))
+        run = _Run(
+            model, tokenizer, examples, metrics, collator, batch_size, labels, max_new_tokens, num_beams, advance
+        )
+        found = {
+            "classification": run.labels_or_values,
+            "regression": run.labels_or_values,
+            "qa": run.answers,
+            "summarization": run.summaries,
+        }.get(examples.task, run.language)()
+    finally:
+        model.train(was_training)
+    order = [m for name in metrics for m in (name, f"{name}_se") if m in found.metrics]
+    rest = [m for m in found.metrics if m not in order]
+    return Measurement({m: found.metrics[m] for m in (*order, *rest)}, found.predictions, examples.rows)
+
+
+@dataclass(frozen=True)
+class _Run:
+    model: nn.Module
+    tokenizer: Any
+    examples: Examples
+    metrics: Sequence[str]
+    collator: Collator
+    batch_size: int
+    names: Sequence[str] | None
+    max_new_tokens: int
+    num_beams: int
+    advance: Advance
+
+    def batches(self) -> list[list[Example]]:
+        """Examples of similar length together, the longest first."""
+        ordered = sorted(self.examples, key=lambda e: -len(e.input_ids))
+        return [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+
+    def inputs(self, batch: list[Example]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        collated = self.collator(batch)
+        drop = ("labels", "start_positions", "end_positions")
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collated.items() if k not in drop}
+
+    def output(self, batch: list[Example]) -> Any:
+        """The model's; a float32 head on a half-precision body needs the autocast that it is trained under."""
+        half = {p.dtype for p in self.model.parameters()} & {torch.bfloat16, torch.float16}
+        kind = next(self.model.parameters()).device.type
+        with torch.autocast(kind, dtype=next(iter(half), torch.bfloat16), enabled=bool(half)):
+            return self.model(**self.inputs(batch))
+
+    def labels_or_values(self) -> Measurement:
+        outputs: dict[int, Any] = {}
+        for batch in self.batches():
+            logits = self.output(batch).logits.float().cpu()
+            for example, row in zip(batch, logits, strict=True):
+                outputs[id(example)] = int(row.argmax()) if self.examples.task == "classification" else float(row[0])
+            self.advance("examples", len(batch))
+        found = [outputs[id(e)] for e in self.examples]
+        wanted = [e.labels for e in self.examples]
+        names = self.names
+        rows = [
+            Prediction(
+                e.where,
+                e.about.get("input", ""),
+                names[p] if names is not None else p,
+                names[e.labels] if names is not None else e.labels,
+                float(p == e.labels) if names is not None else None,
+            )
+            for e, p in zip(self.examples, found, strict=True)
+        ]
+        return Measurement(score_labels(self.metrics, found, wanted), rows)
+
+    def answers(self) -> Measurement:
+        width = max(len(e.input_ids) for e in self.examples)
+        count = len(self.examples)
+        starts, ends = np.full((count, width), -np.inf), np.full((count, width), -np.inf)
+        offsets = np.full((count, width, 2), -1)
+        rows = {id(e): i for i, e in enumerate(self.examples)}
+        for batch in self.batches():
+            output = self.output(batch)
+            for j, e in enumerate(batch):
+                n, i = len(e.input_ids), rows[id(e)]
+                starts[i, :n] = output.start_logits[j, :n].float().cpu().numpy()
+                ends[i, :n] = output.end_logits[j, :n].float().cpu().numpy()
+                offsets[i, :n] = [(-1, -1) if o is None else o for o in e.about["offsets"]]
+            self.advance("examples", len(batch))
+        # one window of each question; by its row, since ids may be missing or occur twice
+        questions = {e.about["number"]: e for e in self.examples}
+        index = {number: i for i, number in enumerate(questions)}
+        texts = best_spans(
+            starts,
+            ends,
+            offsets,
+            [index[e.about["number"]] for e in self.examples],
+            [e.about["context"] for e in questions.values()],
+        )
+        gold = [e.about["answers"] for e in questions.values()]
+        predictions = [
+            Prediction(e.about["id"], e.about["question"], text, e.about["answers"], squad_f1(text, e.about["answers"]))
+            for e, text in zip(questions.values(), texts, strict=True)
+        ]
+        return Measurement(dict(score_answers(texts, gold)), predictions)
+
+    def summaries(self) -> Measurement:
+        texts = self.generated([e.input_ids.tolist() for e in self.examples])
+        wanted = [e.about["reference"] for e in self.examples]
+        return Measurement(dict(score_summaries(texts, wanted)), self.written(texts, "rougeL"))
+
+    def generated(self, prompts: list[list[int]]) -> list[str]:
+        return generate_texts(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            num_beams=self.num_beams,
+            advance=lambda what, count: self.advance("texts", count),
+        )
+
+    def written(self, texts: list[str], by: str) -> list[Prediction]:
+        """Generated texts beside their references, each scored by one metric."""
+        wanted = [e.about["reference"] for e in self.examples]
+        if by in ROUGE:
+            scores = [s / 100 for s in pair_scores(texts, wanted)[by]]
+        elif by == "exact_match":
+            scores = [float(t.strip() == w.strip()) for t, w in zip(texts, wanted, strict=True)]
+        else:
+            extract = _EXTRACT[by]
+            scores = [float(gsm8k.is_correct(t, w, extract)) for t, w in zip(texts, wanted, strict=True)]
+        return [
+            Prediction(e.where, _prompt_text(e.about["prompt"]), text, e.about["reference"], score)
+            for e, text, score in zip(self.examples, texts, scores, strict=True)
+        ]
+
+    def language(self) -> Measurement:
+        found: dict[str, float | None] = {}
+        rows: list[Prediction] = []
+        if set(self.metrics) & {"perplexity", "loss"}:
+            found |= self.perplexity()
+        generated = [m for m in self.metrics if m in GENERATED]
+        if generated:
+            texts = self.generated([_prompt_ids(e) for e in self.examples])
+            wanted = [e.about["reference"] for e in self.examples]
+            rows = self.written(texts, generated[0])
+            for name in generated:
+                if name in _EXTRACT:
+                    scores = gsm8k.accuracy(texts, wanted, extract=_EXTRACT[name])
+                    found |= {name: scores["accuracy"], f"{name}_se": scores["accuracy_se"]}
+                elif name == "exact_match":
+                    found[name] = 100 * float(
+                        np.mean([t.strip() == w.strip() for t, w in zip(texts, wanted, strict=True)])
+                    )
+                else:
+                    summary = score_summaries(texts, wanted)
+                    found |= {m: summary[m] for m in (name, f"{name}_se")}
+        return Measurement(found, rows)
+
+    def perplexity(self) -> dict[str, float | None]:
+        """exp of the mean loss over the predicted tokens of all examples, ± its standard error."""
+        nll: list[Tensor] = []
+        parts = None
+        device = next(self.model.parameters()).device
+        for batch in self.batches():
+            collated = self.collator(batch)
+            ids, wanted = collated["input_ids"].to(device), collated["labels"][:, 1:].to(device)
+            parts = parts or parts_of(self.model, ids[0])
+            # padding stands behind all that is scored, where a causal model cannot see it
+            mask = wanted != IGNORED
+            hidden, targets = parts.body(ids)[:, :-1][mask], wanted[mask]
+            nll += [losses(parts.head.logits(hidden[c]), targets[c]) for c in chunks(targets.numel())]
+            self.advance("examples", len(batch))
+        mean, error = mean_and_error(torch.cat(nll))
+        value = math.exp(mean) if mean < 700 else math.inf
+        return {"perplexity": value, "perplexity_se": value * error, "loss": mean, "loss_se": error}
+
+
+_EXTRACT = {"gsm8k": gsm8k.answer_number, "gsm8k_published": gsm8k.published_number}
+
+
+def _prompt_ids(example: Example) -> list[int]:
+    """All that stands before the reference answer."""
+    return example.input_ids[: example.about["prompt_tokens"]].tolist()
+
+
+def _prompt_text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
