@@ -65,6 +65,11 @@ class QuantLinear(PackedWeight, nn.Linear):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight. Having one by this name, HQQ's, is what makes PEFT ask for :meth:`dequantize` in DoRA."""
+        return self.weight
+
     def reset_parameters(self) -> None:
         """Nothing to reset: the backbone is loaded, not initialised."""
 

@@ -1,0 +1,118 @@
+"""Loading what a training run has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from loftq.checkpoint.naming import architecture
+from loftq.data.tasks import task
+from loftq.errors import BackboneMismatchError, SourceError, first_line
+from loftq.evaluate.models import is_quantized
+from loftq.finetune.model import Start, load_base
+from loftq.finetune.record import RECORD, TrainingRecord
+from loftq.finetune.settings import TrainSettings
+from loftq.report.record import QuantizationReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether ``loftq train`` has written the folder."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def load_run(folder: str | Path, *, dtype: str = "auto") -> tuple[nn.Module, TrainingRecord]:
+    """The model of a run in eval mode: its backbone with the trained adapter and heads, or all of its weights.
+
+    Raises:
+        SourceError: the run or its backbone is missing or damaged. BackboneMismatchError: the backbone was quantized again
+            since.
+    """
+    folder = Path(folder)
+    record = TrainingRecord.load(folder)
+    settings = record.train_settings.replace(dtype=dtype)
+    if settings.method == "full":
+        start = Start(str(folder), None, False)
+        return _placed(load_base(start, settings, record.labels)), record
+    _check_backbone(folder, record)
+    start = Start(record.base, None, is_quantized(record.base))
+    return _placed(_with_adapter(start, folder, settings, record)), record
+
+
+def _with_adapter(start: Start, folder: Path, settings: TrainSettings, record: TrainingRecord) -> nn.Module:
+    from peft import PeftModel
+
+    base = load_base(start, settings, record.labels)
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise SourceError(f"the adapter in {folder} does not load ({first_line(error)}); train again") from None
+
+
+def _check_backbone(folder: Path, record: TrainingRecord) -> None:
+    if record.backbone_sha256 is None:
+        return
+    if not Path(record.base).is_dir():
+        raise SourceError(
+            f"{folder} was trained on {record.base}, which does not exist here; put that quantized folder back in its place"
+        )
+    if not is_quantized(record.base):
+        raise SourceError(
+            f"{folder} was trained on {record.base}, which is no quantized folder any more; quantize again"
+        )
+    actual = QuantizationReport.load(Path(record.base)).backbone_sha256
+    if actual != record.backbone_sha256:
+        raise BackboneMismatchError(
+            f"{folder} was trained on backbone {record.backbone_sha256[:12]}…, but {record.base} holds {actual[:12]}…; an "
+            f"adapter only fits the backbone it was trained on"
+        )
+
+
+def _placed(model: Any) -> nn.Module:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_for_task(model: str, name: str, labels: list[str] | None, dtype: str) -> nn.Module:
+    """A model that is no run of ours, for measuring a task: a quantized folder with its fitted adapter, or any model whose
+    checkpoint has the task's head.
+
+    Raises:
+        SourceError: it does not load, or has no such head.
+    """
+    from loftq.data.prepare import DataSettings
+    from loftq.hub.load import load
+
+    if is_quantized(model):
+        loaded = load(model, dtype=torch.float32 if dtype == "auto" and not torch.cuda.is_available() else dtype)
+        found = architecture(loaded.config)
+        if task(name).model not in _auto_classes(found):
+            raise SourceError(
+                f"{model} is a {found.__name__ if found else 'base model'} without a trained head for {name}; train one with "
+                f"`loftq train RUN --init-from {model} --task {name} …` and measure RUN"
+            )
+        return _placed(loaded)
+    settings = TrainSettings(DataSettings(name, "-"), method="full", dtype=dtype)
+    loaded_base = load_base(Start(model, None, False), settings, labels)
+    if loaded_base.missing:
+        raise SourceError(
+            f"{model} has no {sorted(loaded_base.missing)[0]}, the trained head for {name}; train one with `loftq train`"
+        )
+    return _placed(loaded_base)
+
+
+def _auto_classes(cls: Any) -> set[str]:
+    """Names of the AutoModel classes that would build this class."""
+    import transformers
+
+    names = (
+        "AutoModelForCausalLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForQuestionAnswering",
+    )
+    return {n for n in names if cls is not None and cls in getattr(transformers, n)._model_mapping.values()}

@@ -1,0 +1,99 @@
+"""Measuring a trained model on the data of a task, apart from its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loftq.data.prepare import DataSettings, prepare
+from loftq.data.tasks import task
+from loftq.errors import ConfigError
+from loftq.evaluate.models import check_exists, load_tokenizer
+from loftq.evaluate.task import Measurement, check_metrics, measure
+from loftq.finetune.load import is_run, load_for_task, load_run
+from loftq.finetune.record import TrainingRecord
+from loftq.report.progress import bar, no_bar
+
+
+def evaluate_task(
+    model: str,
+    changes: Mapping[str, Any],
+    metrics: Sequence[str] | None = None,
+    *,
+    dtype: str = "auto",
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    progress: bool = True,
+) -> tuple[Measurement, DataSettings, list[str]]:
+    """Measure a run of ``loftq train``, or another model that has the task's head.
+
+    Args:
+        model: the run's folder; a quantized folder; or a model's folder or hub id.
+        changes: fields of :class:`DataSettings`. A run knows its task and its evaluation data, so none is needed.
+        metrics: ``None`` for the run's, or the task's own.
+        max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
+
+    Returns:
+        The measurement, what it was taken on, and a sentence for each thing that happened to rows.
+
+    Raises:
+        SourceError: a model or data that cannot be used. ConfigError: settings that do not fit.
+    """
+    labels: list[str] | None = None
+    if is_run(model):
+        record = TrainingRecord.load(model)
+        settings = _settings_of(record, changes)
+        # before the model is loaded, so that a mistake costs no time
+        chosen = check_metrics(settings.task, metrics or record.train_settings.metric_names)
+        loaded, record = load_run(model, dtype=dtype)
+        labels = record.labels
+        max_new_tokens = max_new_tokens or record.train_settings.max_new_tokens
+        num_beams = num_beams or record.train_settings.num_beams
+    else:
+        if "task" not in changes or "data" not in changes:
+            raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
+        check_exists(model)
+        settings = DataSettings(**{"split": "validation", **changes, "packing": None})
+        chosen = check_metrics(settings.task, metrics or task(settings.task).metrics)
+        labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
+        loaded = load_for_task(model, settings.task, labels, dtype)
+    tokenizer = load_tokenizer(model)
+    examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
+    with bar(len(examples), "measuring", "examples") if progress else no_bar() as advance:
+        result = measure(
+            loaded,
+            tokenizer,
+            examples,
+            chosen,
+            batch_size=batch_size,
+            labels=labels,
+            max_new_tokens=256 if max_new_tokens is None else max_new_tokens,
+            num_beams=1 if num_beams is None else num_beams,
+            advance=advance,
+        )
+    return result, settings, examples.notes()
+
+
+def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSettings:
+    """The run's evaluation data, or its training data elsewhere, with what is asked for instead."""
+    trained = record.train_settings
+    known = trained.eval_data or trained.data
+    if changes.get("task", known.task) != known.task:
+        raise ConfigError(f"the run was trained for {known.task}, expected no other --task than that")
+    if trained.eval_data is None and "data" not in changes:
+        raise ConfigError("the run had nothing to measure on; say what with --data")
+    changes = {"limit": None, **changes} if "data" in changes else dict(changes)
+    return known.replace(**changes, packing=None)
+
+
+def _labels_of(model: str) -> list[str] | None:
+    """The classes that a model's config names; ``None`` where it only counts them."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else []
+    return [n.removeprefix("LABEL_") for n in names] if all(n.startswith("LABEL_") for n in names) else names

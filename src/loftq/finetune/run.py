@@ -1,0 +1,381 @@
+"""A training run from its settings to a folder with the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from loftq.checkpoint.writer import disk_errors, lock_file
+from loftq.data.check import summary
+from loftq.data.collate import Collator, padding_id
+from loftq.data.examples import Examples
+from loftq.data.prepare import prepare
+from loftq.errors import LoftQError, OutputError, SourceError, first_line
+from loftq.evaluate.models import is_quantized, load_tokenizer
+from loftq.evaluate.predictions import write_predictions
+from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
+from loftq.finetune.adapter import trainable_counts
+from loftq.finetune.model import Start, build, find_start
+from loftq.finetune.packing import check_isolated
+from loftq.finetune.record import RECORD, TrainingRecord
+from loftq.finetune.save import save_result
+from loftq.finetune.settings import TrainSettings
+from loftq.finetune.trainer import CHECKPOINTS, Divergence, Progress, TaskTrainer, tensorboard, training_arguments
+from loftq.hub.backbone import adapter_config, recorded_backbone
+from loftq.report.progress import bar, no_bar
+from loftq.report.system import PeakMemory, machine, versions
+
+PREDICTIONS = "predictions.jsonl"
+IN_FOLDER = "finetuned"
+"""Where a run goes that trains a quantized folder in its own place."""
+_STARTED = "started.json"
+_BEFORE = "before.json"
+
+
+def train(
+    out: str | Path,
+    settings: TrainSettings,
+    *,
+    init_from: str | Path | None = None,
+    model: str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    command: str | None = None,
+    notice: Callable[[str], None] = lambda sentence: None,
+) -> TrainingRecord:
+    """Train, measure, and write the result with its record ``training.json``.
+
+    Args:
+        out: folder of the run: absent, empty, or an interrupted run to continue. Or a quantized folder, where no other is
+            named: it is trained, and the run goes into its subfolder ``finetuned``.
+        init_from: the quantized folder that is trained, or, for ``lora``, whose adapter settings hold. One folder serves
+            any number of runs.
+        model: the full-precision model for ``lora`` and ``full``; by default the source of ``init_from``.
+        resume: continue an interrupted run of the same settings; otherwise start over.
+        progress: a bar on a terminal. command: for the record. notice: takes sentences that a user should read.
+
+    Returns:
+        The record, whose ``status`` says whether the run ended early or diverged; its result is the best checkpoint, or the
+        last good one.
+
+    Raises:
+        SourceError: a model or data that cannot be used, by file and line. ConfigError: settings that do not fit.
+        OutputError: a folder that holds something else.
+    """
+    run = Path(out).expanduser()
+    if init_from is None and is_quantized(run):
+        init_from, run = run, run / IN_FOLDER
+    start = find_start(settings.method, init_from, model)
+    is_new = not run.exists()
+    with disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("ab")
+    with lock:
+        lock_file(lock, run)
+        folder = {"base": start.base, "folder": start.folder and str(start.folder)}
+        fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
+        with disk_errors(run):
+            finished = _finished(run, fingerprint, resume)
+        if finished is not None:
+            return finished
+        try:
+            return _Training(run, settings, start, command, notice).run(
+                progress, lambda: _begin(run, fingerprint, resume)
+            )
+        except LoftQError:
+            # a mistake in the data or the settings is no run: the corrected command may have this folder
+            if is_new and [p.name for p in run.iterdir()] == [".lock"]:
+                shutil.rmtree(run)
+            raise
+
+
+def _finished(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:
+    """The record of a run that is finished already, or ``None`` for one to start or continue.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    started = run / _STARTED
+    if started.exists():
+        if resume:
+            known = _read_started(started)
+            if known == fingerprint:
+                return _known_result(run)
+            raise OutputError(
+                f"{run} holds a run with other settings ({_difference(known, fingerprint)}); choose another folder, or start "
+                f"over with --no-resume"
+            )
+    elif any(p.name != ".lock" for p in run.iterdir()):
+        raise OutputError(f"{run} holds something else, expected a folder that is absent, empty or a run to continue")
+    return None
+
+
+def _begin(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's, without what an earlier one has left where it is not continued."""
+    with disk_errors(run):
+        if not resume:
+            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+            for name in (RECORD, PREDICTIONS, _BEFORE):
+                (run / name).unlink(missing_ok=True)
+        (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def _read_started(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
+            raise ValueError("no settings in it")
+    except ValueError as error:
+        raise OutputError(
+            f"{path} is damaged ({error}); start over with --no-resume, or choose another folder"
+        ) from None
+    return known
+
+
+def _known_result(run: Path) -> TrainingRecord | None:
+    if not (run / RECORD).exists():
+        return None
+    record = TrainingRecord.load(run)
+    if record.status.startswith("diverged") and not record.best_step:
+        raise OutputError(
+            f"the run in {run} diverged before its first checkpoint and has no result; lower the learning rate and start "
+            f"over with --no-resume"
+        )
+    return record
+
+
+def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    flat = {**known, **known["settings"]}, {**wanted, **wanted["settings"]}
+    names = [n for n in flat[1] if n != "settings" and flat[0].get(n) != flat[1][n]]
+    return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1][n]!r}" for n in names[:2]) or "of another version"
+
+
+class _Training:
+    def __init__(
+        self, run: Path, settings: TrainSettings, start: Start, command: str | None, notice: Callable[[str], None]
+    ) -> None:
+        self.folder = run
+        self.settings = settings
+        self.start = start
+        self.command = command
+        self.notice = notice
+        self.metrics = check_metrics(settings.data.task, settings.metric_names)
+        self.tokenizer = load_tokenizer(start.base)
+
+    def run(self, progress: bool, begin: Callable[[], None]) -> TrainingRecord:
+        """``begin`` is called once the data and the model are there, before anything is written."""
+        started = time.perf_counter()
+        memory = PeakMemory().start()
+        config = config_of(self.start.base)
+        settings = self.settings
+        examples, labels = prepare(settings.data, self.tokenizer, config)
+        held: Examples | None = None
+        if settings.eval_data is not None:
+            unpacked = settings.eval_data.replace(packing=False if settings.eval_data.task != "causal" else None)
+            held, _ = prepare(unpacked, self.tokenizer, config, labels=labels)
+        notes = [*examples.notes(), *(held.notes() if held else [])]
+        for note in notes:
+            self.notice(note)
+        model, heads = build(self.start, settings, labels)
+        begin()
+        trainable, parameters = trainable_counts(model)
+        backbone = recorded_backbone(adapter_config(self.start.folder / "loftq_init")) if self.start.folder else None
+        record = TrainingRecord(
+            settings=settings.to_dict(),
+            base=self.start.base,
+            init_from=str(self.start.folder) if self.start.folder else None,
+            backbone_sha256=backbone if self.start.quantized else None,
+            labels=labels,
+            heads=heads,
+            trainable=trainable,
+            parameters=parameters,
+            data=summary(examples, labels),
+            eval_data=summary(held, labels) if held else None,
+            notes=notes,
+            command=self.command,
+            versions=versions(),
+            machine=machine(),
+        )
+        with disk_errors(self.folder):
+            try:
+                self._train(model, examples, held, labels, record, progress)
+            except SafetensorError as error:  # its own, for a full disk too
+                raise OutputError(
+                    f"a file of {self.folder} could not be written or read ({first_line(error)}); free some space and run "
+                    f"the same command again, or start over with --no-resume"
+                ) from None
+        record.timing = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "training_seconds": record.timing.get("training_seconds"),
+            "peak_memory_bytes": memory.peak(),
+        }
+        with disk_errors(self.folder):
+            record.save(self.folder)
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        return record
+
+    def _train(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        held: Examples | None,
+        labels: list[str] | None,
+        record: TrainingRecord,
+        progress: bool,
+    ) -> None:
+        settings = self.settings
+        best = self.metrics[0] if held else None
+        arguments = training_arguments(settings, self.folder, best, best not in SMALLER_IS_BETTER)
+        divergence = Divergence()
+        from transformers import EarlyStoppingCallback
+
+        callbacks: list[Any] = [divergence]
+        if settings.patience is not None:
+            callbacks.append(EarlyStoppingCallback(settings.patience))
+
+        if settings.report_to == "tensorboard":
+            callbacks.append(tensorboard(self.folder))
+
+        def measured(trained: nn.Module) -> dict[str, float]:
+            # what is undefined, as the correlation of a constant, has no number
+            return {k: v for k, v in self._measure(trained, held, labels, progress).metrics.items() if v is not None}
+
+        start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        trainer = TaskTrainer(
+            model,
+            arguments,
+            examples,
+            Collator(
+                settings.data.task,
+                padding_id(model, self.tokenizer),
+                multiple_of=8 if torch.cuda.is_available() else 1,
+                decoder_start=start_decoder if settings.data.task == "summarization" else None,
+            ),
+            measured if held else None,
+            callbacks,
+        )
+        if settings.data.packing and settings.data.task != "causal":
+            check_isolated(model)
+        checkpoint = _last_checkpoint(self.folder / CHECKPOINTS)
+        begun = self.folder / _BEFORE
+        if held is not None:
+            if checkpoint is None or not begun.exists():
+                record.before = measured(model)
+                partial = begun.with_suffix(".partial")
+                partial.write_text(json.dumps(record.before), encoding="utf-8")
+                partial.replace(begun)
+            else:
+                record.before = json.loads(begun.read_text(encoding="utf-8"))
+        steps = _total_steps(trainer, settings)
+        clock = time.perf_counter()
+        with bar(steps, f"training ({settings.method})", "steps") if progress else no_bar() as advance:
+            done = _step_of(checkpoint)
+            if done:
+                advance("", done)
+            trainer.add_callback(Progress(advance))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        record.timing["training_seconds"] = round(time.perf_counter() - clock, 3)
+        self._finish(trainer, divergence, held, labels, record, progress)
+        begun.unlink(missing_ok=True)
+
+    def _finish(
+        self,
+        trainer: TaskTrainer,
+        divergence: Divergence,
+        held: Examples | None,
+        labels: list[str] | None,
+        record: TrainingRecord,
+        progress: bool,
+    ) -> None:
+        history = trainer.state.log_history
+        names = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+        record.curve = [{n: entry.get(n) for n in names} for entry in history if "loss" in entry]
+        record.evaluations = [
+            {"step": e["step"], "epoch": e["epoch"], **{k[5:]: v for k, v in e.items() if k.startswith("eval_")}}
+            for e in history
+            if any(k.startswith("eval_") for k in e)
+        ]
+        kept = trainer.state.best_model_checkpoint if held else None
+        record.best_step = _step_of(Path(kept)) if kept else trainer.state.global_step
+        if divergence.reason is not None:
+            record.status = f"diverged: {divergence.reason}"
+            if kept is None:
+                last = _last_checkpoint(self.folder / CHECKPOINTS)
+                record.best_step = _step_of(last)
+                if last is None:
+                    record.save(self.folder)
+                    raise SourceError(
+                        f"the run diverged before its first checkpoint ({divergence.reason}); lower the learning rate "
+                        f"({self.settings.learning_rate:g}), and see {self.folder / RECORD} for the curve"
+                    )
+                trainer._load_from_checkpoint(str(last), trainer.model)
+            self.notice(
+                f"the run diverged ({divergence.reason}); the result is its checkpoint of step {record.best_step}"
+            )
+        else:
+            early = trainer.state.global_step < trainer.state.max_steps
+            record.status = "stopped early" if early else "finished"
+        if held is not None:
+            result = self._measure(trainer.model, held, labels, progress)
+            record.after = {k: v for k, v in result.metrics.items() if v is not None}
+            if result.predictions:
+                write_predictions(self.folder / PREDICTIONS, result.predictions)
+                record.predictions = PREDICTIONS
+        save_result(trainer.model, self.tokenizer, self.folder, self.start, record)
+
+    def _measure(
+        self, model: nn.Module, held: Examples | None, labels: list[str] | None, progress: bool
+    ) -> Measurement:
+        assert held is not None
+        settings = self.settings
+        with bar(len(held), "measuring", "examples") if progress else no_bar() as advance:
+            return measure(
+                model,
+                self.tokenizer,
+                held,
+                self.metrics,
+                batch_size=settings.eval_batch_size or settings.batch_size,
+                labels=labels,
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.num_beams,
+                advance=advance,
+            )
+
+
+def config_of(base: str) -> Any:
+    """The config of a model.
+
+    Raises:
+        SourceError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{base} has no readable config.json ({error}); expected a model") from None
+
+
+def _total_steps(trainer: TaskTrainer, settings: TrainSettings) -> int:
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = len(trainer.get_train_dataloader())
+    return max(1, int(settings.epochs * -(-batches // settings.gradient_accumulation)))
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint: the Trainer writes its state last."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

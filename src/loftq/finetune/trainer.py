@@ -1,0 +1,193 @@
+"""transformers' Trainer with this project's measurement, progress bar, and an eye on divergence."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loftq.data.collate import Collator, ExampleDataset
+from loftq.data.examples import Examples
+from loftq.errors import ConfigError, first_line
+from loftq.finetune.settings import TrainSettings
+
+CHECKPOINTS = "checkpoints"
+WINDOW = 25
+"""Steps over which the loss is averaged to see whether it runs away."""
+RISE = 2.0
+"""Nats by which the averaged loss must exceed both its lowest and twice its lowest value to count as diverged."""
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+def training_arguments(
+    settings: TrainSettings, run: Path, best: str | None, larger_is_better: bool
+) -> TrainingArguments:
+    """The settings in transformers' words.
+
+    Args:
+        best: the metric that decides which checkpoint is kept; ``None`` without measurement.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    when: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch" if best else "no"}
+    if settings.eval_steps is not None:
+        when = {"save_strategy": "steps", "save_steps": settings.eval_steps}
+        when |= {"eval_strategy": "steps" if best else "no", "eval_steps": settings.eval_steps}
+    try:
+        return TrainingArguments(
+            output_dir=str(run / CHECKPOINTS),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.eval_batch_size or settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=_SCHEDULERS[settings.schedule],
+            warmup_steps=settings.warmup_ratio,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=dtype == "bfloat16",
+            fp16=dtype == "float16" and on_gpu,
+            use_cpu=not on_gpu,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_total_limit=2,
+            load_best_model_at_end=best is not None,
+            metric_for_best_model=best and f"eval_{best}",
+            greater_is_better=larger_is_better if best else None,
+            report_to=[] if settings.report_to in ("none", "tensorboard") else [settings.report_to],
+            remove_unused_columns=False,
+            label_names=["start_positions", "end_positions"] if settings.data.task == "qa" else ["labels"],
+            disable_tqdm=True,
+            dataloader_pin_memory=on_gpu,
+            **when,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"these settings cannot be used here ({first_line(error)}); change them") from None
+
+
+def tensorboard(run: Path) -> TrainerCallback:
+    """Writes the curve for TensorBoard into ``logs``; the Trainer's own place goes with its checkpoints.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+    except ImportError:
+        raise ConfigError("report_to is tensorboard, which is not installed; pip install tensorboard") from None
+    return TensorBoardCallback(SummaryWriter(str(run / "logs")))
+
+
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class TaskTrainer(Trainer):
+    """A Trainer that measures with ``measure`` instead of the loss on an evaluation set."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        examples: Examples,
+        collator: Collator,
+        measure: Measure | None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.control: TrainerControl
+        self.measure = measure
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=ExampleDataset(examples),
+            eval_dataset=ExampleDataset(examples) if measure else None,  # never read; the Trainer insists on one
+            data_collator=collator,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        assert self.measure is not None
+        started = time.perf_counter()
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self.model).items()}
+        best = self.args.metric_for_best_model
+        if best is not None and not math.isfinite(found.get(best, math.nan)):
+            # undefined, as the correlation of a constant: worse than any number
+            found[best] = -math.inf if self.args.greater_is_better else math.inf
+        found[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+class Progress(TrainerCallback):
+    """Feeds a progress bar."""
+
+    def __init__(self, advance: Callable[[str, int], None]) -> None:
+        self.advance = advance
+        self.loss = ""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {float(logs['loss']):.4f}"
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.advance(self.loss, 1)
+
+
+class Divergence(TrainerCallback):
+    """Stops a run whose loss is no number any more, or has run away from the lowest it had.
+
+    Attributes:
+        reason: what happened, once it did. finite_until: last step with a finite loss.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.recent: deque[float] = deque(maxlen=WINDOW)
+        self.lowest = math.inf
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or self.reason is not None:
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss) or not math.isfinite(float(logs.get("grad_norm") or 0.0)):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            self.reason = f"the {what} is no finite number at step {state.global_step}"
+        else:
+            self.recent.append(loss)
+            if len(self.recent) < WINDOW:
+                return
+            mean = sum(self.recent) / WINDOW
+            self.lowest = min(self.lowest, mean)
+            if mean > max(self.lowest + RISE, 2 * self.lowest):
+                self.reason = (
+                    f"the loss has risen from {self.lowest:.3g} to {mean:.3g} at step {state.global_step}, averaged over "
+                    f"{WINDOW} steps"
+                )
+        if self.reason is not None:
+            control.should_training_stop = True
+            self._keep_nothing(control)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.reason is not None:
+            self._keep_nothing(control)
+
+    @staticmethod
+    def _keep_nothing(control: TrainerControl) -> None:
+        """A checkpoint of this state would be taken for a good one."""
+        control.should_save = False
+        control.should_evaluate = False
