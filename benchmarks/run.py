@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("weight_error", "dequantize_speed", "solver_speed")
+SCRIPTS = ("weight_error", "dequantize_speed", "solver_speed", "table7")
 
 if __name__ == "__main__":
     for name in SCRIPTS:

@@ -2,36 +2,211 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loftq.cli import parse
+from loftq.cli.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from loftq.config import LoftQConfig
+    from loftq.plan.targets import ModulePlan
+    from loftq.report.memory.footprint import Footprint
+
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder that `loftq quantize` has written.")],
+    folder: Annotated[Path | None, typer.Argument(help="Folder that `loftq quantize` has written.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Also read all weights and compare their hashes.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show what the folder takes, and training, instead of its modules.")
+    ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict the same without weights: config.json, folder, .gguf file or hub id of a full-precision model."
+        ),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="As for `loftq quantize`.", show_default="4")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the adapter.", show_default="16")] = None,
+    codebook: Annotated[str | None, typer.Option(help="As for `loftq quantize`.", show_default="lloyd")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Weights that share a scale.", show_default="64")] = None,
+    scale_dtype: Annotated[str | None, typer.Option(help="Dtype of the scales.", show_default="float16")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="Store scales in 8 bits.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
+    ] = False,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
+    ] = None,
+    exclude_modules: Annotated[list[str] | None, typer.Option(help="As for `loftq quantize`.")] = None,
+    bits_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")] = None,
+    rank_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=RANK, repeatable.")] = None,
+    first_layers_bits: Annotated[str | None, typer.Option(help="LAYERS:BITS, e.g. 16:4.")] = None,
+    quantize_embeddings: Annotated[
+        bool, typer.Option("--quantize-embeddings", help="Quantize the input embedding as well.")
+    ] = False,
+    plan: Annotated[Path | None, typer.Option(help="File of `loftq plan`.")] = None,
+    adapter_dtype: Annotated[
+        str | None, typer.Option(help="Dtype that the adapters are stored in.", show_default="float32")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights that are not packed, and of training.", show_default="the config's, or float32"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a training step.", show_default="1")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence.", show_default="512 or the model's limit")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Train with gradient checkpointing.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Train on: cuda or cpu.", show_default="cuda")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show what a quantized folder holds: bits, rank, bytes and error of every module, and totals."""
+    """Show what a quantized folder holds, or what one would hold: bits, rank, bytes and error, and memory of training."""
+    quantizer = {
+        "bits": bits,
+        "rank": rank,
+        "codebook": codebook,
+        "block_size": block_size,
+        "scale_dtype": scale_dtype,
+        "double_quant": double_quant,
+        "published": published,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "bits_pattern": bits_pattern,
+        "rank_pattern": rank_pattern,
+        "first_layers_bits": first_layers_bits,
+        "quantize_embeddings": quantize_embeddings,
+        "plan": None if plan is None else str(plan),
+        "adapter_dtype": adapter_dtype,
+        "revision": revision,
+    }
+    training_options = {
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "length": length,
+        "gradient_checkpointing": gradient_checkpointing,
+        "device": device,
+    }
+    given = {name: value for name, value in quantizer.items() if value is not None and value is not False}
+    if (folder is None) == (config is None):
+        raise typer.BadParameter("give a quantized folder, or --config for a model that is not quantized")
+    if config is None:
+        _refuse(given, "is for --config; a folder is quantized already")
+    else:
+        _refuse({"check": check}, "is for a quantized folder")
+    if folder is not None and not memory:
+        _refuse(training_options, "is for --memory or --config")
+        _show_report(folder, check, json_output)
+        return
+    quiet_transformers()
+    if folder is not None:
+        if check:
+            _check_hashes(folder)
+        footprint, model, settings, plans = _of_folder(folder)
+    else:
+        assert config is not None
+        footprint, model, settings, plans = _of_config(config, given, dtype)
+    from loftq.report.memory.training import LENGTH, TrainingSetup, position_limit, predict_methods
+
+    setup = TrainingSetup(
+        batch_size=1 if batch_size is None else batch_size,
+        length=min(LENGTH, position_limit(model) or LENGTH) if length is None else length,
+        dtype=dtype,
+        checkpointing=gradient_checkpointing,
+        device="cuda" if device is None else device,
+    )
+    training, problem = predict_methods(model, settings, setup, plans)
+    if json_output:
+        from loftq.report.tables import print_json
+
+        about = {"folder": str(folder)} if folder is not None else {"config": config, "options": given}
+        predicted = {m.setup.method: m.to_dict() for m in training}
+        print_json({**about, "memory": footprint.to_dict(), "training": predicted, "training_problem": problem})
+        return
+    from loftq.report.memory.tables import print_footprint, print_training
+
+    print_footprint(footprint)
+    if training:
+        print_training(training)
+    if problem is not None:
+        typer.echo(f"no training memory: {problem}")
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """A :class:`ConfigError` if one of the options was given."""
+    from loftq.errors import ConfigError
+
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} {reason}; leave it out")
+
+
+def _show_report(folder: Path, check: bool, json_output: bool) -> None:
     from loftq.report.record import QuantizationReport
     from loftq.report.tables import print_json, print_report
 
     report = QuantizationReport.load(folder)
     if check:
-        from loftq.errors import BackboneMismatchError
-        from loftq.hub.backbone import adapter_sha256, backbone_sha256
-
-        for what, actual, recorded in (
-            ("weights", backbone_sha256(folder), report.backbone_sha256),
-            ("fitted adapter", adapter_sha256(folder), report.adapter_sha256),
-        ):
-            if actual != recorded:
-                raise BackboneMismatchError(
-                    f"the {what} in {folder} have hash {actual[:12]}…, but the report says {recorded[:12]}…; they were "
-                    f"changed or damaged, quantize again"
-                )
+        _check_hashes(folder)
     if json_output:
         print_json(report.to_dict())
     else:
         print_report(report, folder)
+
+
+def _check_hashes(folder: Path) -> None:
+    from loftq.errors import BackboneMismatchError
+    from loftq.hub.backbone import adapter_sha256, backbone_sha256
+    from loftq.report.record import QuantizationReport
+
+    report = QuantizationReport.load(folder)
+    for what, actual, recorded in (
+        ("weights", backbone_sha256(folder), report.backbone_sha256),
+        ("fitted adapter", adapter_sha256(folder), report.adapter_sha256),
+    ):
+        if actual != recorded:
+            raise BackboneMismatchError(
+                f"the {what} in {folder} have hash {actual[:12]}…, but the report says {recorded[:12]}…; they were "
+                f"changed or damaged, quantize again"
+            )
+
+
+def _of_folder(folder: Path) -> tuple[Footprint, PretrainedConfig, LoftQConfig, dict[str, ModulePlan] | None]:
+    from loftq.config import LoftQConfig
+    from loftq.report.memory.measure import folder_config, measure_footprint
+    from loftq.report.memory.training import folder_plans
+    from loftq.report.record import QuantizationReport
+
+    settings = LoftQConfig.from_dict(QuantizationReport.load(folder).config)
+    return measure_footprint(folder), folder_config(folder), settings, folder_plans(folder)
+
+
+def _of_config(
+    source: str, given: dict[str, Any], dtype: str | None
+) -> tuple[Footprint, PretrainedConfig, LoftQConfig, dict[str, ModulePlan] | None]:
+    from loftq.checkpoint.source import open_config
+    from loftq.config import LoftQConfig
+    from loftq.report.memory.predict import predict_footprint
+
+    options = dict(given)
+    published, codebook = options.pop("published", False), options.pop("codebook", None)
+    fields = parse.quantizer(published, codebook, None, options.pop("scale_dtype", None))
+    adapter_dtype, revision = options.pop("adapter_dtype", "float32"), options.pop("revision", None)
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "target_modules": lambda values: parse.module_patterns(values) or (),
+        "exclude_modules": parse.module_patterns,
+        "bits_pattern": lambda values: parse.int_patterns("--bits-pattern", values),
+        "rank_pattern": lambda values: parse.int_patterns("--rank-pattern", values),
+        "first_layers_bits": parse.first_layers,
+    }
+    settings = LoftQConfig(**fields, **{k: parsers[k](v) if k in parsers else v for k, v in options.items()})
+    model = open_config(source, revision)
+    return predict_footprint(model, settings, dtype=dtype, adapter_dtype=adapter_dtype), model, settings, None

@@ -45,3 +45,9 @@ def bar(total: int, label: str = "quantizing", unit: str = "weights") -> Iterato
             progress.update(task, advance=amount, description=f"{label} {what[-40:]:<40}")
 
         yield advance
+
+
+@contextmanager
+def no_bar() -> Iterator[Callable[[str, int], None]]:
+    """What :func:`bar` yields, without a bar."""
+    yield lambda what, amount: None

@@ -1,0 +1,183 @@
+"""A training step without data: every operation runs on shapes alone, and the bytes that are alive are counted.
+
+torch's fake tensors have shapes, dtypes and lifetimes but no memory. A forward and a backward pass on them calls the
+operations of a real step in the same order, so a model of any architecture and size tells what its step needs in seconds,
+whatever the machine. What an operation takes inside itself is not seen, except that of the packed layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loftq.errors import ConfigError, first_line
+from loftq.kernels import reference
+from loftq.modules import PackedWeight
+
+# transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
+# left out is otherwise decided by values, which fake tensors do not have.
+_ATTENTION = "loftq-unmasked-sdpa"
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a step beyond the model's own parameters and buffers.
+
+    Attributes:
+        stored: alive after the forward pass: what the backward pass will read.
+        peak: the most that was alive at any time of the two passes, gradients included.
+        gradients: alive after the backward pass.
+    """
+
+    stored: int
+    peak: int
+    gradients: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations create, while they are alive.
+
+    Args:
+        exclude: tensors that are not counted: parameters, buffers, inputs.
+        beside: operation -> function of its arguments; the tensor it returns counts while the operation runs.
+
+    Attributes:
+        live: bytes alive now. peak: the most so far.
+    """
+
+    def __init__(self, exclude: Iterable[Tensor], beside: Mapping[Any, Callable[..., Tensor]] | None = None) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._beside = beside or {}
+        self._excluded = [tensor.untyped_storage() for tensor in exclude]
+        self._known = {storage._cdata for storage in self._excluded}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = None
+        if func in self._beside:
+            with self:
+                held = self._beside[func](*args)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        del held
+        return result
+
+    def _count(self, storage: Any) -> None:
+        if storage._cdata in self._known:  # a view, or one of the excluded
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+def simulate_step(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    length: int,
+    checkpointing: bool = False,
+    device: str = "cpu",
+    mask: bool = False,
+) -> StepBytes:
+    """Bytes of one forward and backward pass of a transformers or PEFT model on the meta device.
+
+    The loss is the model's own where it has a language-model head, otherwise the sum of its first output. No token is
+    padding. Encoder-decoders get ``length`` tokens on both sides.
+
+    Args:
+        model: on the meta device; changed: in training mode afterwards.
+        checkpointing: keep only the inputs of the layers and compute the rest again (gradient checkpointing).
+        device: whose way to multiply with packed weights counts, ``cpu`` or ``cuda``.
+        mask: fused attention with a mask, as where sequences are padded; without one, a causal model has none at all.
+
+    Raises:
+        ConfigError: if the model cannot run on token ids alone, or not with checkpointing.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import log as fake_log
+
+    model.train()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not mask:
+        _without_mask(base)
+    was_disabled, fake_log.disabled = fake_log.disabled, True  # it prints the traceback of an operation that fails
+    try:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+            warnings.simplefilter("ignore")
+            if checkpointing:
+                base.config.use_cache = False
+                # the newer name first: transformers announces that the older one goes
+                names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+                getattr(model, next(name for name in names if hasattr(model, name)))()
+            model.to_empty(device="cpu")
+            base.tie_weights()  # to_empty gives tied modules a parameter each
+            ids = torch.zeros(batch_size, length, dtype=torch.long)
+            inputs = {"input_ids": ids}
+            if base.config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids
+            head = base.get_output_embeddings() is not None
+            if head:
+                inputs["labels"] = ids
+            known = [*model.parameters(), *model.buffers(), ids]
+            with LiveBytes(known, _dense_weight_on(device)) as count:
+                output = model(**inputs)
+                loss = output.loss if head else output[0].float().sum()
+                del output
+                stored = count.live
+                loss.backward()
+                del loss
+            return StepBytes(stored, count.peak, count.live)
+    except Exception as error:
+        raise ConfigError(
+            f"a training step of {type(base).__name__} cannot be run on token ids without data ({first_line(error)}); "
+            f"expected a language model or an encoder of the installed transformers"
+        ) from None
+    finally:
+        fake_log.disabled = was_disabled
+
+
+def _without_mask(model: nn.Module) -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
+
+
+def _dense_weight_on(device: str) -> dict[Any, Callable[..., Tensor]]:
+    """The dense copy of a packed weight for the duration of a product with it."""
+
+    def product(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+        return dense(x, packed, *stored, x.shape[-1])
+
+    def dense(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+        if device == "cpu":  # from the workspace, see workspace_bytes, in the dtype of the product
+            return x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * stored[-1])
+        return reference.dequantize(packed, *stored).to(x.dtype)
+
+    return {torch.ops.loftq.packed_linear.default: product, torch.ops.loftq.packed_linear_grad_input.default: dense}
+
+
+def workspace_bytes(model: nn.Module, device: str) -> int:
+    """The float32 memory that packed layers share on the CPU: the size of the largest; see :mod:`loftq.modules.ops`."""
+    shapes = [m.matrix_shape for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
+    return 4 * max((rows * columns for rows, columns in shapes), default=0) if device == "cpu" else 0
