@@ -1,0 +1,132 @@
+"""Running a recipe's steps and remembering what is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint.source import read_json
+from loftq.checkpoint.writer import disk_errors
+from loftq.config import LoftQConfig
+from loftq.errors import OutputError
+from loftq.finetune.settings import TrainSettings
+from loftq.recipes.comparison import Measurement
+from loftq.recipes.recipe import Recipe
+from loftq.recipes.steps import EVALUATE, QUANTIZE, TRAIN, Options, Step, plan_steps
+
+RESULTS = "reproduce.json"
+
+Runner = Callable[[Step, bool], Mapping[str, Any]]
+
+
+def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
+    """Do one step and return what it reports; of an ``evaluate``, its metrics and ``examples``, their number.
+
+    Raises:
+        LoftQError: what the step raises.
+    """
+    given = step.arguments
+    if step.kind == QUANTIZE:
+        from loftq.pipeline import quantize_checkpoint
+
+        config = LoftQConfig.from_dict(given["config"])
+        return quantize_checkpoint(
+            given["source"], given["out"], config, progress=progress, command=step.command
+        ).totals()
+    if step.kind == TRAIN:
+        from loftq.finetune.run import train
+
+        return train(
+            given["out"],
+            TrainSettings.from_dict(given["settings"]),
+            init_from=given["init_from"],
+            model=given["model"],
+            progress=progress,
+            command=step.command,
+        ).to_dict()
+    from loftq.finetune.measure import evaluate_task
+
+    result, _, _ = evaluate_task(
+        given["run"], _given(given["data"]), given["metrics"], progress=progress, **given["options"]
+    )
+    return {**result.metrics, "examples": result.examples}
+
+
+def _given(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key == "limit" or value not in (None, [])}
+
+
+def reproduce(
+    recipe: Recipe, options: Options, *, run: Runner = run_step, progress: bool = True
+) -> Iterator[tuple[Step, bool]]:
+    """Do the steps of a recipe; yield each with whether it was done now. ``OUT/reproduce.json`` remembers them.
+
+    A step that an earlier run of the same recipe with the same model, data and limit has finished is not done again.
+
+    Raises:
+        ConfigError: see :func:`loftq.recipes.steps.plan_steps`. OutputError: the folder holds something else.
+    """
+    steps = plan_steps(recipe, options)
+    for step in steps:  # what training would refuse is said before hours of quantization
+        if step.kind == TRAIN:
+            TrainSettings.from_dict(step.arguments["settings"])
+    state = _State(options.out, recipe, options)
+    for step in steps:
+        if step.name in state.done:
+            yield step, False
+            continue
+        state.finish(step, run(step, progress))
+        yield step, True
+
+
+def measurements(out: Path) -> list[Measurement]:
+    """What the evaluations in a folder have measured; empty before the first."""
+    file = out / RESULTS
+    return [Measurement(**row) for row in read_json(file)["measured"]] if file.exists() else []
+
+
+class _State:
+    """Finished steps and measurements of a folder."""
+
+    def __init__(self, folder: Path, recipe: Recipe, options: Options) -> None:
+        local = {name: str(split.file) for name, split in options.local.items()}
+        same = {"recipe": recipe.to_dict(), "model": options.model, "limit": options.limit, "local": local}
+        same = json.loads(json.dumps(same))
+        self.file = folder / RESULTS
+        self.values: dict[str, Any] = {**same, "done": [], "measured": []}
+        with disk_errors(folder):
+            if not self.file.exists():
+                if folder.exists() and any(folder.iterdir()):
+                    raise OutputError(
+                        f"{folder} holds something else than a reproduction; choose another folder with --out"
+                    )
+                folder.mkdir(parents=True, exist_ok=True)
+                self._write()
+        known = read_json(self.file)
+        different = [key for key in same if known.get(key) != same[key]]
+        if different:
+            raise OutputError(
+                f"{folder} holds a reproduction with another {different[0]}; choose another folder with --out"
+            )
+        self.values = known
+
+    @property
+    def done(self) -> list[str]:
+        return self.values["done"]
+
+    def finish(self, step: Step, result: Mapping[str, Any]) -> None:
+        if step.kind == EVALUATE:
+            row = Measurement.from_result(step.method, step.seed, step.evaluation or "", result)
+            self.values["measured"].append(asdict(row))
+        self.values["done"].append(step.name)
+        with disk_errors(self.file):
+            self._write()
+
+    def _write(self) -> None:
+        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.file)
