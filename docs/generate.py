@@ -55,21 +55,32 @@ def cli_page() -> str:
         "",
     ]
     lines += ["| verb | what it does |", "|---|---|"]
-    verbs = [command.callback for command in app.registered_commands]
-    lines += [f"| [`{v.__name__}`](#loftq-{v.__name__}) | {_cell(_first_line(v))} |" for v in verbs if v]
-    for verb in verbs:
-        if verb is not None:
-            lines += ["", *_verb(verb, group.commands[verb.__name__])]
+    found = list(_verbs(app, group))
+    lines += [f"| [`{n}`](#loftq-{n.replace(' ', '-')}) | {_cell(_first_line(v))} |" for n, v, _ in found]
+    for name, verb, command in found:
+        lines += ["", *_verb(name, verb, command)]
     return "\n".join(lines) + "\n"
 
 
-def _verb(callback: Callable[..., Any], command: Any) -> list[str]:
+def _verbs(typer_app: typer.Typer, group: Any) -> Iterator[tuple[str, Callable[..., Any], Any]]:
+    """(name, function, command) of every verb; those of a group as ``GROUP VERB``, after the others."""
+    for command in typer_app.registered_commands:
+        if command.callback is not None:
+            name = command.callback.__name__
+            yield name, command.callback, group.commands[name]
+    for inner in typer_app.registered_groups:
+        assert inner.typer_instance is not None
+        for name, callback, command in _verbs(inner.typer_instance, group.commands[inner.name]):
+            yield f"{inner.name} {name}", callback, command
+
+
+def _verb(name: str, callback: Callable[..., Any], command: Any) -> list[str]:
     hints = typing.get_type_hints(callback, include_extras=True)
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name in hints]
-    usage = [f"loftq {command.name}", *(p.name.upper() for p in arguments)]
+    usage = [f"loftq {name}", *(p.name.upper() for p in arguments)]
     usage += [f"{p.opts[0]} {_type(hints[p.name])[0].upper()}" for p in options if p.required]
-    lines = [f"## loftq {command.name}", "", inspect.getdoc(callback) or "", ""]
+    lines = [f"## loftq {name}", "", inspect.getdoc(callback) or "", ""]
     lines += ["```text", " ".join([*usage, "[OPTIONS]"]), "```"]
     if arguments:
         lines += ["", "| argument | type | meaning |", "|---|---|---|"]

@@ -1,7 +1,8 @@
 """The documentation is true: programs run, commands parse, links resolve, generated pages match, layers import downwards.
 
 A fenced block whose first line is ``# runnable`` runs here: Python blocks of a page in order in one namespace, bash blocks
-line by line through the command line itself, all in an empty folder.
+line by line through the command line itself, all in an empty folder. A page that links to the
+tutorial's "A model to work on" finds that model there.
 """
 
 from __future__ import annotations
@@ -53,15 +54,29 @@ def loftq_arguments(line: str) -> list[str] | None:
     return words[1:stop]
 
 
+def commands() -> dict[str, typer.core.TyperCommand]:
+    """Every verb by name; those of a group as ``GROUP VERB``."""
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {verb}": c for verb, c in inner.items()}
+    return found
+
+
+def split_verb(words: list[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, one word or two, and the rest of it."""
+    two = " ".join(words[:2])
+    return (two, words[2:]) if two in commands() else (words[0], words[1:])
+
+
 def parse(arguments: list[str]) -> None:
     """Parse a command line without running it; Typer's error for what does not exist."""
-    group = typer.main.get_command(app)
-    verb, *rest = arguments
-    if verb in ("--version", "--help", "-h"):
+    if arguments[0] in ("--version", "--help", "-h"):
         return
-    assert verb in group.commands, f"loftq has no verb {verb}"
+    verb, rest = split_verb(arguments)
+    assert verb in commands(), f"loftq has no verb {verb}"
     if not {"--help", "-h"} & set(rest):
-        group.commands[verb].make_context(verb, list(rest))
+        commands()[verb].make_context(verb, list(rest))
 
 
 def run_bash(text: str) -> None:
@@ -79,10 +94,18 @@ def finetune() -> dict:
     return runpy.run_path(str(ROOT / "examples" / "finetune.py"))
 
 
+def write_tiny_model() -> None:
+    """``tiny-model`` and ``my-text.txt``, as the tutorial's program writes them."""
+    tutorial = [text for language, text in blocks(ROOT / "docs" / "tutorial.md") if language == "python"]
+    exec(next(text for text in tutorial if "tiny-model" in text), {"__name__": "tutorial"})
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if RUNNABLE in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
 def test_runnable_blocks(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": page.stem}
+    if "](tutorial.md#a-model-to-work-on)" in page.read_text(encoding="utf-8"):
+        write_tiny_model()
     for language, text in blocks(page):
         if text.startswith(RUNNABLE):
             assert language in ("python", "bash"), f"a runnable block of {page.name} is {language!r}"
@@ -107,11 +130,10 @@ def test_commands_parse(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_inline_commands_name_what_exists(page):
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-    group = typer.main.get_command(app)
-    options = {name for verb in group.commands.values() for p in verb.params for name in (*p.opts, *p.secondary_opts)}
+    options = {name for verb in commands().values() for p in verb.params for name in (*p.opts, *p.secondary_opts)}
     for code in re.findall(r"`loftq ([^`]+)`", prose):
-        verb, *rest = shlex.split(code)
-        assert verb in {*group.commands, "VERB", "--version", "--help"}, f"`loftq {code}` names no verb"
+        verb, rest = split_verb(shlex.split(code))
+        assert verb in {*commands(), "VERB", "--version", "--help"}, f"`loftq {code}` names no verb"
         unknown = [w for w in rest if w.startswith("-") and w.partition("=")[0] not in {*options, "--help", "-h"}]
         assert not unknown, f"`loftq {code}` names no option of loftq: {unknown}"
 
@@ -159,7 +181,7 @@ def test_check_reports_a_stale_page(tmp_path, monkeypatch, capsys):
 
 def test_every_verb_and_name_is_documented():
     cli = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    for verb, command in typer.main.get_command(app).commands.items():
+    for verb, command in commands().items():
         assert f"## loftq {verb}\n" in cli
         section = cli.partition(f"## loftq {verb}\n")[2].partition("\n## ")[0]
         for parameter in command.params:
@@ -198,8 +220,7 @@ def test_reference_decoder(decode, bits, codebook):
 def test_example_finetunes(tmp_path, monkeypatch, capsys):
     """The example, from a quantized folder to an adapter that loads, evaluates and merges."""
     monkeypatch.chdir(tmp_path)
-    tutorial = [text for language, text in blocks(ROOT / "docs" / "tutorial.md") if language == "python"]
-    exec(next(text for text in tutorial if "tiny-model" in text), {"__name__": "tutorial"})
+    write_tiny_model()
     loftq.quantize_checkpoint("tiny-model", "q", loftq.LoftQConfig(bits=2, rank=8), progress=False)
     options = ["--steps", "12", "--length", "64", "--learning-rate", "1e-2"]
     finetune()["main"](["q", "--text", "my-text.txt", "--out", "adapter", *options])

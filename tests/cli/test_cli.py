@@ -23,11 +23,14 @@ VERBS = (
     "calibrate",
     "plan",
     "refine",
+    "train",
     "inspect",
     "evaluate",
     "compare",
+    "reproduce",
     "generate",
     "export",
+    "data",
 )
 
 

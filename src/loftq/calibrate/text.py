@@ -237,7 +237,7 @@ def _encode_chat(tokenizer: Any, messages: list[Any], where: str) -> Tensor:
 def _dataset_text(name: str, tokens: int) -> str:
     """Enough rows of a data set for ``tokens`` tokens, at 8 characters each."""
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+        from datasets import load_dataset
     except ImportError:
         raise ConfigError(
             f"calibration text {name!r} is no file here, and data sets of the hub need another package; give a file, or "

@@ -241,15 +241,43 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def open_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The transformers configuration that a ``config.json``, a folder, a ``.gguf`` file or a hub id holds; no weights.
+
+    Raises:
+        SourceError: if there is no such thing, transformers does not know the architecture, or it is quantized already.
+    """
+    path = Path(os.path.expanduser(source))
+    with read_errors(path):
+        exists = path.exists()
+    if path.suffix == ".gguf":
+        return open_source(path).config()
+    if exists:
+        return read_config(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise SourceError(f"{source} does not exist, expected a config.json, a folder with one or a hub id")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(str(source), "config.json", revision=revision)
+    except Exception as error:
+        raise SourceError(
+            f"{source} is no file or folder here, and its config.json could not be fetched from the hub "
+            f"({first_line(error)}); check the name, the network and, for a gated model, `hf auth login`"
+        ) from None
+    return read_config(Path(file))
+
+
 def read_config(path: Path) -> PretrainedConfig:
-    """The transformers configuration in a folder.
+    """The transformers configuration in a folder, or in a file.
 
     Raises:
         SourceError: if there is none, transformers does not know the architecture, or the model is quantized already.
     """
     from transformers import AutoConfig
 
-    values = read_json(path / "config.json") if (path / "config.json").exists() else None
+    file = path if path.is_file() else path / "config.json"
+    values = read_json(file) if file.exists() else None
     if values is None:
         raise SourceError(
             f"{path} has no config.json, expected a transformers checkpoint; fetch config.json or choose another folder"
@@ -264,7 +292,7 @@ def read_config(path: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise SourceError(
-            f"transformers cannot read {path / 'config.json'} ({first_line(error)}); expected an architecture and settings "
+            f"transformers cannot read {file} ({first_line(error)}); expected an architecture and settings "
             f"of the installed version, update transformers or choose another model"
         ) from None
 

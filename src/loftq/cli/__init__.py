@@ -8,6 +8,7 @@ import typer
 
 from loftq.cli.calibrate import calibrate
 from loftq.cli.compare import compare
+from loftq.cli.data import data
 from loftq.cli.evaluate import evaluate
 from loftq.cli.export import export
 from loftq.cli.generate import generate
@@ -17,6 +18,8 @@ from loftq.cli.quantize import quantize
 from loftq.cli.quickstart import quickstart
 from loftq.cli.quiet import quiet_libraries
 from loftq.cli.refine import refine
+from loftq.cli.reproduce import reproduce
+from loftq.cli.train import train
 from loftq.errors import LoftQError
 
 app = typer.Typer(
@@ -27,8 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (quickstart, quantize, calibrate, plan, refine, inspect, evaluate, compare, generate, export):
+for _verb in (
+    quickstart,
+    quantize,
+    calibrate,
+    plan,
+    refine,
+    train,
+    inspect,
+    evaluate,
+    compare,
+    reproduce,
+    generate,
+    export,
+):
     app.command()(_verb)
+app.add_typer(data, name="data")
 
 
 def _version(show: bool) -> None:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from loftq.cli import parse
 from loftq.cli.quiet import quiet_transformers
+from loftq.errors import ConfigError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Quantized folder, or any causal language model's folder or hub id.")],
-    text: Annotated[str, typer.Option(help="UTF-8 text file, or `pydoc` for English that every Python has.")] = "pydoc",
+    model: Annotated[
+        str, typer.Argument(help="Run of `loftq train`, quantized folder, or a model's folder or hub id.")
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(help="UTF-8 text file, or `pydoc` for English that every Python has.", show_default="pydoc"),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help=parse.TASK_HELP, show_default="the run's")] = None,
+    data: Annotated[str | None, typer.Option(help=parse.DATA_HELP, show_default="the run's evaluation data")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a folder or a hub data set.", show_default="validation")
+    ] = None,
+    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
     window: Annotated[
@@ -20,20 +38,150 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="How far the window advances.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows scored together.")] = 1,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
+    doc_stride: Annotated[
+        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
+    ] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="What a prompt is put into.", show_default="{prompt}")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text that a metric needs.")] = 256,
+    num_beams: Annotated[int, typer.Option(help="Beams of such a text.")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="For --lm-eval.", show_default="the task's")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="For --lm-eval: folder with tasks of your own.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="File for the predictions, as JSONL.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows or examples at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Perplexity ± standard error on a text."""
+    """Perplexity ± standard error on a text, the metrics of a task on its data, or lm-evaluation-harness."""
     quiet_transformers()
-    from loftq.evaluate.models import default_window, encode, load_for_inference, load_tokenizer
+    from loftq.finetune.load import is_run
+
+    asked = [n for n, given in (("--text", text), ("--task or --data", task or data), ("--lm-eval", lm_eval)) if given]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} were given together; give one")
+    if predictions is not None and (text or lm_eval):
+        raise ConfigError("--predictions is for the data of a task; leave it out")
+    if lm_eval is not None:
+        _harness(
+            model, adapter, not no_adapter, lm_eval, limit, num_fewshot, batch_size, include_path, dtype, json_output
+        )
+    elif task or data or (is_run(model) and text is None):
+        if adapter is not None or no_adapter:
+            raise ConfigError("--adapter and --no-adapter are for texts; a task is measured on a run of `loftq train`")
+        changes: dict[str, Any] = {
+            "task": task,
+            "data": data,
+            "split": split,
+            "map": parse.column_map(map) or None,
+            "labels": parse.names(labels),
+            "max_length": max_length,
+            "doc_stride": doc_stride,
+            "prompt_template": prompt_template,
+            "limit": limit,
+        }
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        _task(model, changes, parse.names(metrics), options, predictions, dtype, json_output)
+    else:
+        _text(
+            model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, batch_size, dtype, json_output
+        )
+
+
+def _task(
+    model: str,
+    changes: dict[str, Any],
+    metrics: tuple[str, ...] | None,
+    options: dict[str, Any],
+    predictions: Path | None,
+    dtype: str,
+    json_output: bool,
+) -> None:
+    from loftq.evaluate.predictions import write_predictions
+    from loftq.finetune.measure import evaluate_task
+    from loftq.report.tables import print_json
+    from loftq.report.training import print_metrics
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    result, settings, notes = evaluate_task(model, given, metrics, dtype=dtype, **options)
+    for note in notes:
+        typer.echo(f"loftq: {note}", err=True)
+    if predictions is not None:
+        write_predictions(predictions, result.predictions)
+    if json_output:
+        print_json({"model": model, "data": settings.to_dict(), "metrics": result.metrics})
+    else:
+        print_metrics(result.metrics)
+
+
+def _harness(
+    model: str,
+    adapter: Path | None,
+    use_adapter: bool,
+    tasks: str,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    include_path: Path | None,
+    dtype: str,
+    json_output: bool,
+) -> None:
+    from loftq.evaluate.lm_eval import run_tasks
+    from loftq.evaluate.models import load_tokenizer
+    from loftq.report.tables import print_json
+    from loftq.report.training import print_harness
+
+    loaded = _loaded(model, adapter, use_adapter, dtype)
+    result = run_tasks(
+        loaded,
+        load_tokenizer(model),
+        list(parse.names(tasks) or ()),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        include_path=include_path,
+    )
+    if json_output:
+        print_json({"model": model, **result})
+    else:
+        print_harness(result)
+
+
+def _loaded(model: str, adapter: Path | None, use_adapter: bool, dtype: str) -> Any:
+    from loftq.evaluate.models import check_causal, load_for_inference
+    from loftq.finetune.load import is_run, load_run
+
+    if not is_run(model):
+        return load_for_inference(model, adapter=adapter, use_adapter=use_adapter, dtype=dtype)
+    if adapter is not None or not use_adapter:
+        raise ConfigError(f"{model} is a run of `loftq train` with its own adapter; name its quantized folder instead")
+    loaded, _ = load_run(model, dtype=dtype)
+    check_causal(loaded, model)
+    return loaded
+
+
+def _text(
+    model: str,
+    text: str,
+    adapter: Path | None,
+    use_adapter: bool,
+    window: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    batch_size: int,
+    dtype: str,
+    json_output: bool,
+) -> None:
+    from loftq.evaluate.models import default_window, encode, load_tokenizer
     from loftq.evaluate.perplexity import perplexity
     from loftq.evaluate.text import read_text
     from loftq.report.progress import bar
     from loftq.report.tables import print_json
 
     content = read_text(text)
-    loaded = load_for_inference(model, adapter=adapter, use_adapter=not no_adapter, dtype=dtype)
+    loaded = _loaded(model, adapter, use_adapter, dtype)
     ids = encode(load_tokenizer(model), content, max_tokens)
     size = default_window(loaded, window)
     with bar(max(ids.numel() - 1, 1), "evaluating", "tokens") as advance:

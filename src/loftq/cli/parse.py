@@ -12,6 +12,10 @@ from typing import Any
 from loftq.config import PUBLISHED
 from loftq.errors import ConfigError
 
+TASK_HELP = "causal, completion, chat, classification, regression, qa, summarization."
+DATA_HELP = "File (JSONL, JSON, CSV, TSV, Parquet, text), folder with a file a split, or hub data set ID[:CONFIG]."
+MAP_HELP = "COLUMN=ROLE for columns with unusual names; numbers for a file without header."
+
 _SIZE = re.compile(r"^(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
@@ -23,6 +27,22 @@ def module_patterns(values: list[str] | None) -> str | tuple[str, ...] | None:
     if len(values) == 1 and (values[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", values[0])):
         return values[0]
     return tuple(name for value in values for name in re.split(r"[,\s]+", value) if name)
+
+
+def column_map(values: list[str] | None) -> dict[str, str]:
+    """``--map body=text,stars=label`` or repeated -> column to role."""
+    found: dict[str, str] = {}
+    for part in (p for value in values or () for p in value.split(",")):
+        column, equals, role = part.rpartition("=")
+        if not equals or not column.strip() or not role.strip():
+            raise ConfigError(f"--map is {part!r}, expected COLUMN=ROLE such as sentence=text")
+        found[column.strip()] = role.strip()
+    return found
+
+
+def names(value: str | None) -> tuple[str, ...] | None:
+    """``accuracy,f1`` -> a tuple; nothing for nothing."""
+    return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def int_patterns(option: str, values: Iterable[str] | None) -> dict[str, int]:

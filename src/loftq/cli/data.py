@@ -1,0 +1,92 @@
+"""``loftq data check``"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from loftq.cli import parse
+from loftq.cli.quiet import quiet_transformers
+
+data = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
+
+
+@data.callback()
+def _data() -> None:
+    """Look at training data before training on it."""
+
+
+@data.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Folder or hub id whose tokenizer and chat template are used.")],
+    task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
+    data: Annotated[str, typer.Option(help=parse.DATA_HELP)],
+    split: Annotated[str, typer.Option(help="Split of a folder or a hub data set.")] = "train",
+    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
+    max_target_length: Annotated[int, typer.Option(help="Tokens of a summary.")] = 128,
+    doc_stride: Annotated[
+        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
+    ] = None,
+    prompt_template: Annotated[str, typer.Option(help="What a prompt is put into.")] = "{prompt}",
+    limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
+    show: Annotated[int, typer.Option(help="Examples to show token by token.")] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Show what rows become: tokens, which of them a model learns to predict, lengths, labels, and what is cut."""
+    from loftq.data.prepare import DataSettings
+
+    settings = DataSettings(
+        task=task,
+        data=data,
+        split=split,
+        map=parse.column_map(map),
+        labels=parse.names(labels) or (),
+        max_length=max_length,
+        max_target_length=max_target_length,
+        doc_stride=doc_stride,
+        packing=packing,
+        prompt_template=prompt_template,
+        limit=limit,
+    )
+    quiet_transformers()
+    from loftq.data.check import label_text, summary, tokens
+    from loftq.data.prepare import prepare
+    from loftq.evaluate.models import load_tokenizer
+    from loftq.finetune.run import config_of
+
+    tokenizer: Any = load_tokenizer(model)
+    examples, names = prepare(settings, tokenizer, config_of(model))
+    totals = summary(examples, names)
+    shown = [examples[i] for i in range(min(show, len(examples)))]
+    if json_output:
+        from loftq.report.tables import print_json
+
+        print_json(
+            {
+                **totals,
+                "notes": examples.notes(),
+                "shown": [
+                    {
+                        "where": e.where,
+                        "label": label_text(e, tokenizer, task, names),
+                        "tokens": [[t.id, t.text, t.learned] for t in tokens(e, tokenizer, task)],
+                    }
+                    for e in shown
+                ],
+            }
+        )
+        return
+    from loftq.report.examples import print_example, print_summary
+
+    for example in shown:
+        print_example(example.where, tokens(example, tokenizer, task), label_text(example, tokenizer, task, names))
+    print_summary(totals, examples.notes())

@@ -1,0 +1,156 @@
+"""``loftq train``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq.cli import parse
+from loftq.cli.quiet import quiet_transformers
+
+
+def train(
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the run: absent, empty, or one to continue. Or a quantized folder to train in place."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
+    data: Annotated[str, typer.Option(help=parse.DATA_HELP)],
+    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    eval_data: Annotated[
+        str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
+    ] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")] = None,
+    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Quantized folder to train, or whose adapter settings `lora` takes.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Full-precision model, for lora and full.", show_default="the folder's source")
+    ] = None,
+    method: Annotated[str, typer.Option(help="loftq, qlora, lora, full.")] = "loftq",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.", show_default="by epochs")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
+    eval_batch_size: Annotated[
+        int | None, typer.Option(help="Examples at once when measuring.", show_default="--batch-size")
+    ] = None,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Largest learning rate.")] = 1e-4,
+    schedule: Annotated[str, typer.Option(help="linear, cosine, constant.")] = "linear",
+    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, keep few.")
+    ] = False,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
+    max_target_length: Annotated[int, typer.Option(help="Tokens of a summary.")] = 128,
+    doc_stride: Annotated[
+        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
+    ] = None,
+    prompt_template: Annotated[str, typer.Option(help="What a prompt is put into.")] = "{prompt}",
+    limit: Annotated[int | None, typer.Option(help="Train on the first rows only.", show_default="all")] = None,
+    eval_limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between measurements and checkpoints.", show_default="an epoch")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many measurements without improvement.", show_default="never")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="With commas; the first picks the checkpoint.", show_default="the task's")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text that a metric needs.")] = 256,
+    num_beams: Annotated[int, typer.Option(help="Beams of such a text.")] = 1,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Of lora without a quantized folder.")] = 16,
+    lora_alpha: Annotated[float | None, typer.Option(help="Likewise.", show_default="the rank")] = None,
+    target_modules: Annotated[list[str] | None, typer.Option(help="Likewise.", show_default="all-linear")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Dropout.", show_default="the quantized folder's")] = None,
+    use_dora: Annotated[bool, typer.Option("--use-dora", help="Learn magnitudes apart (DoRA).")] = False,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio, wandb.")] = "none",
+    seed: Annotated[int, typer.Option(help="Of the data's order, dropout and new weights.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Fine-tune the adapter of a quantized folder, or a baseline to compare with."""
+    from loftq.data.prepare import DataSettings
+    from loftq.finetune.settings import TrainSettings
+
+    source = DataSettings(
+        task=task,
+        data=data,
+        split=split,
+        map=parse.column_map(map),
+        labels=parse.names(labels) or (),
+        max_length=max_length,
+        max_target_length=max_target_length,
+        doc_stride=doc_stride,
+        packing=packing,
+        prompt_template=prompt_template,
+        limit=limit,
+    )
+    held = None
+    if eval_data is not None or eval_split is not None:
+        held = source.replace(data=eval_data or data, split=eval_split or "validation", limit=eval_limit, packing=None)
+    settings = TrainSettings(
+        data=source,
+        eval_data=held,
+        method=method,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        gradient_accumulation=gradient_accumulation,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_steps=eval_steps,
+        patience=patience,
+        rank=rank,
+        lora_alpha=lora_alpha,
+        target_modules=parse.module_patterns(target_modules) or "all-linear",
+        use_dora=use_dora,
+        lora_dropout=lora_dropout,
+        metrics=parse.names(metrics),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        report_to=report_to,
+        seed=seed,
+    )
+    quiet_transformers()
+    from loftq.finetune import run
+
+    record = run.train(
+        out,
+        settings,
+        init_from=init_from,
+        model=model,
+        resume=resume,
+        command=parse.this_command(),
+        notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),
+    )
+    if json_output:
+        from loftq.report.tables import print_json
+
+        print_json(record.to_dict())
+    else:
+        from loftq.report.training import print_training
+
+        print_training(record)
