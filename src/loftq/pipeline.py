@@ -309,10 +309,8 @@ def quantize_model(
 def _reporter(progress: bool | Progress, total: int) -> Iterator[Callable[[str, int], None]]:
     if callable(progress):
         yield progress
-    elif progress:
+    else:
         from loftq.report.progress import bar
 
-        with bar(total) as advance:
+        with bar(total, show=progress) as advance:
             yield advance
-    else:
-        yield lambda name, weights: None

@@ -143,10 +143,8 @@ def _rows_of(model: Any, batch: Batch, device: torch.device) -> Iterator[Callabl
 def _reporter(progress: bool | Advance, total: int) -> Iterator[Advance]:
     if callable(progress):
         yield progress
-    elif progress:
+    else:
         from loftq.report.progress import bar
 
-        with bar(total, "calibrating", "tokens") as advance:
+        with bar(total, "calibrating", "tokens", show=progress) as advance:
             yield advance
-    else:
-        yield lambda name, amount: None

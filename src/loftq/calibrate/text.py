@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import positive_int
+from loftq.data.hub import hub_rows
 from loftq.errors import ConfigError, SourceError, first_line
 from loftq.evaluate.text import BUILTIN, builtin_text, read_text
 
@@ -236,30 +236,15 @@ def _encode_chat(tokenizer: Any, messages: list[Any], where: str) -> Tensor:
 
 def _dataset_text(name: str, tokens: int) -> str:
     """Enough rows of a data set for ``tokens`` tokens, at 8 characters each."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ConfigError(
-            f"calibration text {name!r} is no file here, and data sets of the hub need another package; give a file, or "
-            f"pip install datasets"
-        ) from None
     identifier, _, split = name.partition(":")
-    try:
-        rows: Iterable[Any] = load_dataset(identifier, split=split or "train", streaming=True, trust_remote_code=False)
-        texts, size = [], 0
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise SourceError(f"data set {name} has the columns {', '.join(row)}, expected one named text")
-            texts.append(row["text"])
-            size += len(row["text"])
-            if size > 8 * tokens:
-                break
-    except SourceError:
-        raise
-    except Exception as error:
-        raise SourceError(
-            f"data set {name} could not be read ({first_line(error)}); check its name and split"
-        ) from None
+    texts, size = [], 0
+    for row in hub_rows(identifier, split or "train", what=f"calibration text {name!r}", install="datasets"):
+        if not isinstance(row.get("text"), str):
+            raise SourceError(f"data set {name} has the columns {', '.join(row)}, expected one named text")
+        texts.append(row["text"])
+        size += len(row["text"])
+        if size > 8 * tokens:
+            break
     return "\n\n".join(texts)
 
 

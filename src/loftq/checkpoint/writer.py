@@ -47,6 +47,13 @@ def lock_file(stream: IO[bytes], path: Path) -> None:
         return
 
 
+def replace_text(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a file whole: under another name first, then renamed, in place of an earlier one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors=errors)
+    os.replace(partial, path)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one sentence."""

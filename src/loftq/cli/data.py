@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 
 data = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
@@ -23,20 +23,13 @@ def check(
     task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
     data: Annotated[str, typer.Option(help=parse.DATA_HELP)],
     split: Annotated[str, typer.Option(help="Split of a folder or a hub data set.")] = "train",
-    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
-    max_target_length: Annotated[int, typer.Option(help="Tokens of a summary.")] = 128,
-    doc_stride: Annotated[
-        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
-    ] = None,
-    packing: Annotated[
-        bool | None,
-        typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
-    ] = None,
-    prompt_template: Annotated[str, typer.Option(help="What a prompt is put into.")] = "{prompt}",
+    map: options.Map = None,
+    labels: options.Labels = None,
+    max_length: options.MaxLength = None,
+    max_target_length: options.MaxTargetLength = 128,
+    doc_stride: options.DocStride = None,
+    packing: options.Packing = None,
+    prompt_template: options.PromptTemplate = "{prompt}",
     limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
     show: Annotated[int, typer.Option(help="Examples to show token by token.")] = 3,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -60,11 +53,10 @@ def check(
     quiet_transformers()
     from loftq.data.check import label_text, summary, tokens
     from loftq.data.prepare import prepare
-    from loftq.evaluate.models import load_tokenizer
-    from loftq.finetune.run import config_of
+    from loftq.evaluate.models import load_config, load_tokenizer
 
     tokenizer: Any = load_tokenizer(model)
-    examples, names = prepare(settings, tokenizer, config_of(model))
+    examples, names = prepare(settings, tokenizer, load_config(model))
     totals = summary(examples, names)
     shown = [examples[i] for i in range(min(show, len(examples)))]
     if json_output:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
@@ -25,10 +25,8 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Split of a folder or a hub data set.", show_default="validation")
     ] = None,
-    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
-    ] = None,
+    map: options.Map = None,
+    labels: options.Labels = None,
     metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
@@ -38,10 +36,8 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="How far the window advances.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
-    doc_stride: Annotated[
-        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
-    ] = None,
+    max_length: options.MaxLength = None,
+    doc_stride: options.DocStride = None,
     prompt_template: Annotated[
         str | None, typer.Option(help="What a prompt is put into.", show_default="{prompt}")
     ] = None,
@@ -82,8 +78,8 @@ def evaluate(
             "prompt_template": prompt_template,
             "limit": limit,
         }
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        _task(model, changes, parse.names(metrics), options, predictions, dtype, json_output)
+        decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        _task(model, changes, parse.names(metrics), decoding, predictions, dtype, json_output)
     else:
         _text(
             model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, batch_size, dtype, json_output
@@ -94,7 +90,7 @@ def _task(
     model: str,
     changes: dict[str, Any],
     metrics: tuple[str, ...] | None,
-    options: dict[str, Any],
+    decoding: dict[str, Any],
     predictions: Path | None,
     dtype: str,
     json_output: bool,
@@ -105,7 +101,7 @@ def _task(
     from loftq.report.training import print_metrics
 
     given = {name: value for name, value in changes.items() if value is not None}
-    result, settings, notes = evaluate_task(model, given, metrics, dtype=dtype, **options)
+    result, settings, notes = evaluate_task(model, given, metrics, dtype=dtype, **decoding)
     for note in notes:
         typer.echo(f"loftq: {note}", err=True)
     if predictions is not None:

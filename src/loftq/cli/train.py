@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 
 
@@ -25,7 +25,7 @@ def train(
         str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")] = None,
-    map: Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)] = None,
+    map: options.Map = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Quantized folder to train, or whose adapter settings `lora` takes.")
     ] = None,
@@ -49,19 +49,12 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, keep few.")
     ] = False,
-    labels: Annotated[
-        str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an input.", show_default="the task's usual")] = None,
-    max_target_length: Annotated[int, typer.Option(help="Tokens of a summary.")] = 128,
-    doc_stride: Annotated[
-        int | None, typer.Option(help="Tokens that neighbouring windows of a context share.", show_default="128")
-    ] = None,
-    packing: Annotated[
-        bool | None,
-        typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
-    ] = None,
-    prompt_template: Annotated[str, typer.Option(help="What a prompt is put into.")] = "{prompt}",
+    labels: options.Labels = None,
+    max_length: options.MaxLength = None,
+    max_target_length: options.MaxTargetLength = 128,
+    doc_stride: options.DocStride = None,
+    packing: options.Packing = None,
+    prompt_template: options.PromptTemplate = "{prompt}",
     limit: Annotated[int | None, typer.Option(help="Train on the first rows only.", show_default="all")] = None,
     eval_limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")] = None,
     eval_steps: Annotated[

@@ -22,7 +22,6 @@ class Shown:
 
 def tokens(example: Example, tokenizer: Any, task: str) -> list[Shown]:
     """The input's tokens; what is learned is marked for tasks whose labels stand in the input."""
-    texts = [tokenizer.decode([i]) for i in example.input_ids.tolist()]
     ids = example.input_ids.tolist()
     if task == "qa":
         start, end = example.labels
@@ -32,13 +31,13 @@ def tokens(example: Example, tokenizer: Any, task: str) -> list[Shown]:
         learned = [i > 0 and label != IGNORED for i, label in enumerate(example.labels.tolist())]
     else:
         learned = [False] * len(ids)
-    return [Shown(i, text, mark) for i, text, mark in zip(ids, texts, learned, strict=True)]
+    return [Shown(i, tokenizer.decode([i]), mark) for i, mark in zip(ids, learned, strict=True)]
 
 
 def label_text(example: Example, tokenizer: Any, task: str, names: list[str] | None) -> str | None:
     """What is predicted beside the input: a class, a value, a summary; ``None`` where the input says it."""
     if task == "classification":
-        return (names or [])[example.labels] if names else str(example.labels)
+        return names[example.labels] if names else str(example.labels)
     if task == "regression":
         return f"{example.labels:g}"
     if task == "summarization":

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from loftq.data.examples import IGNORED, Example, Examples
+from loftq.data.examples import IGNORED, Example
 
 
 def padding_id(model: Any, tokenizer: Any) -> int:
@@ -80,16 +79,3 @@ class Collator:
         for row, array in enumerate(arrays):
             result[row, : len(array)] = torch.from_numpy(np.asarray(array, np.int64))
         return result
-
-
-class ExampleDataset(Dataset[Example]):
-    """Examples as torch's data loaders take them."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]

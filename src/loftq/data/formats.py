@@ -9,24 +9,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import SourceError, first_line
+from loftq.optional import optional_module
 
 Found = tuple[dict[str, Any], str]
 _LIMIT = 2**31 - 1  # of a CSV field; the csv module's own is 128 kB, less than an article
 
-
-@dataclass(frozen=True)
-class FormatOptions:
-    """``numbered``: a CSV or TSV file has no header, and its columns are called 0, 1, …"""
-
-    numbered: bool = False
-
-
-Reader = Callable[[Path, FormatOptions], Iterator[Found]]
+Reader = Callable[[Path, bool], Iterator[Found]]
+"""Takes the file, and whether a table has no header, so that its columns are called 0, 1, …"""
 
 
 def reader_for(path: Path) -> Reader:
@@ -47,7 +40,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
 
 
-def read_jsonl(path: Path, options: FormatOptions) -> Iterator[Found]:
+def read_jsonl(path: Path, numbered: bool) -> Iterator[Found]:
     """One JSON object a line; empty lines do not count."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -60,7 +53,7 @@ def read_jsonl(path: Path, options: FormatOptions) -> Iterator[Found]:
         yield _object(values, where), where
 
 
-def read_table(path: Path, options: FormatOptions) -> Iterator[Found]:
+def read_table(path: Path, numbered: bool) -> Iterator[Found]:
     """CSV with quoted fields; TSV as GLUE writes it, where a quotation mark is a character like any other."""
     tabs = path.suffix.lower() == ".tsv"
     csv.field_size_limit(_LIMIT)
@@ -76,8 +69,8 @@ def read_table(path: Path, options: FormatOptions) -> Iterator[Found]:
                 continue
             where = f"{path}, line {reader.line_num}"
             if header is None:
-                header = [str(i) for i in range(len(fields))] if options.numbered else fields
-                if not options.numbered:
+                header = [str(i) for i in range(len(fields))] if numbered else fields
+                if not numbered:
                     _check_header(header, where)
                     continue
             if len(fields) != len(header):
@@ -96,12 +89,9 @@ def _check_header(header: list[str], where: str) -> None:
         raise SourceError(f"{where} has the column {twice!r} twice, expected different names; rename one")
 
 
-def read_parquet(path: Path, options: FormatOptions) -> Iterator[Found]:
+def read_parquet(path: Path, numbered: bool) -> Iterator[Found]:
     """Parquet, a batch of rows at a time."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ConfigError(f'{path} is Parquet, which needs another package; pip install "loftq[train]"') from None
+    parquet = optional_module("pyarrow.parquet", str(path), "pyarrow", "train")
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -113,14 +103,14 @@ def read_parquet(path: Path, options: FormatOptions) -> Iterator[Found]:
         raise SourceError(f"{path} is no readable Parquet file ({first_line(error)}); write it again") from None
 
 
-def read_text(path: Path, options: FormatOptions) -> Iterator[Found]:
+def read_text(path: Path, numbered: bool) -> Iterator[Found]:
     """The whole file is one text."""
     text = "".join(_lines(path))
     if text.strip():
         yield {"text": text}, str(path)
 
 
-def read_json(path: Path, options: FormatOptions) -> Iterator[Found]:
+def read_json(path: Path, numbered: bool) -> Iterator[Found]:
     """A list of objects, LMFlow's format, or SQuAD's."""
     text = "".join(_lines(path))
     try:

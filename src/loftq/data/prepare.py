@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,8 @@ class DataSettings:
             ConfigError: ``max_length`` is beyond the model's positions.
         """
         limit = positions(config)
-        wanted = self.max_length or min(DEFAULT_LENGTH.get(self.task, 128), limit or DEFAULT_LENGTH.get(self.task, 128))
+        usual = DEFAULT_LENGTH.get(self.task, 128)
+        wanted = self.max_length or min(usual, limit or usual)
         if limit is not None and wanted > limit:
             raise ConfigError(
                 f"max_length is {wanted}, but the model has {limit} positions; lower it to at most {limit}"
@@ -137,12 +139,7 @@ def rows_of(settings: DataSettings) -> Iterable[Row]:
     rows = iter(read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit))
     first = next(rows)
     roles = Roles.find(task(settings.task), first, settings.map)
-    return roles.apply(_chain(first, rows))
-
-
-def _chain(first: Row, rest: Iterable[Row]) -> Iterable[Row]:
-    yield first
-    yield from rest
+    return roles.apply(itertools.chain([first], rows))
 
 
 def prepare(

@@ -13,8 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loftq.data.formats import SUFFIXES, FormatOptions, reader_for
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.data.formats import SUFFIXES, reader_for
+from loftq.data.hub import hub_rows
+from loftq.errors import SourceError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 # names under which people keep the same split
@@ -55,7 +56,7 @@ def read_rows(
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
     found: Iterator[Row]
     if path.is_file():
-        found = (Row(values, where) for values, where in reader_for(path)(path, FormatOptions(numbered)))
+        found = (Row(values, where) for values, where in reader_for(path)(path, numbered))
     elif _HUB_NAME.fullmatch(str(name)) and path.suffix.lower() not in SUFFIXES:
         found = _hub_rows(str(name), split)
     else:
@@ -87,19 +88,7 @@ def _file_of(folder: Path, split: str) -> Path:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ConfigError(
-            f"data {name!r} is no file here, and data sets of the hub need another package; give a file, or "
-            f'pip install "loftq[train]"'
-        ) from None
     identifier, _, config = name.partition(":")
-    try:
-        data: Any = load_dataset(identifier, config or None, split=split, streaming=True)
-        for number, values in enumerate(data):
-            yield Row(dict(values), f"{name} {split}, row {number}")
-    except Exception as error:
-        raise SourceError(
-            f"data set {name} could not be read ({first_line(error)}); check its name, its split {split!r} and the network"
-        ) from None
+    rows = hub_rows(identifier, split, config, what=f"data {name!r}", install='"loftq[train]"')
+    for number, values in enumerate(rows):
+        yield Row(dict(values), f"{name} {split}, row {number}")

@@ -10,7 +10,6 @@ so they are lower bounds.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from loftq.errors import ConfigError
 from loftq.evaluate.head import Head, chunks, losses, losses_and_divergence, parts_of
 from loftq.evaluate.models import eval_mode
-from loftq.evaluate.perplexity import checked_ids, mean_and_error, windows
+from loftq.evaluate.perplexity import checked_ids, mean_and_error, perplexity_of, windows
 
 Advance = Callable[[str, int], None]
 
@@ -48,8 +47,7 @@ class Score:
     def of(cls, nll: Tensor, kl: Tensor) -> Score:
         """From (n,) losses and divergences."""
         mean, error = mean_and_error(nll)
-        value = math.exp(mean) if mean < 700 else math.inf
-        return cls(value, value * error, mean, *mean_and_error(kl), nll.numel())
+        return cls(*perplexity_of(mean, error), mean, *mean_and_error(kl), nll.numel())
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

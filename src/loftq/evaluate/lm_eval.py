@@ -38,7 +38,7 @@ from loftq.config import positive_int
 from loftq.errors import ConfigError, SourceError, first_line
 from loftq.evaluate.generation import check_writes
 from loftq.evaluate.models import eval_mode
-from loftq.evaluate.optional import optional_module
+from loftq.optional import optional_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

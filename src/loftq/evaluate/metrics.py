@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loftq.config import one_of
 from loftq.errors import ConfigError
-from loftq.evaluate.optional import optional_module
+from loftq.optional import optional_module
 
 
 def accuracy(predictions: ArrayLike, references: ArrayLike) -> float:

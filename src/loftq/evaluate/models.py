@@ -15,7 +15,7 @@ from loftq.config import one_of
 from loftq.errors import ConfigError, SourceError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,6 +100,20 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             f"{model} has no tokenizer that transformers can read ({first_line(error)}); put the source's tokenizer files "
             f"beside the model"
         ) from None
+
+
+def load_config(model: str | Path) -> PretrainedConfig:
+    """The config of a model, quantized or not.
+
+    Raises:
+        SourceError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{model} has no readable config.json ({error}); expected a model") from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> Tensor:

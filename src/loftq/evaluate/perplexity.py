@@ -82,9 +82,7 @@ def perplexity(
                 advance("tokens", found[-1].numel())
     nll = torch.cat(found)
     mean, error = mean_and_error(nll)
-    # exp beyond float64 is a broken model, not a crash
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, value * error, mean, nll.numel(), window, stride)
+    return Perplexity(*perplexity_of(mean, error), mean, nll.numel(), window, stride)
 
 
 def checked_ids(model: nn.Module, ids: Tensor, window: int) -> Tensor:
@@ -105,6 +103,12 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Mean of (n,) values, and its standard error std / sqrt(n); 0 for a single value."""
     deviation = float(values.std()) if values.numel() > 1 else 0.0
     return float(values.mean()), deviation / math.sqrt(values.numel())
+
+
+def perplexity_of(nll: float, error: float) -> tuple[float, float]:
+    """exp of a mean loss in nats, and the standard error carried through exp; beyond float64 it is a broken model, no crash."""
+    value = math.exp(nll) if nll < 700 else math.inf
+    return value, value * error
 
 
 def windows(ids: Tensor, window: int, stride: int, batch_size: int) -> list[tuple[Tensor, int]]:

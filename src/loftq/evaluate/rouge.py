@@ -25,12 +25,12 @@ another, and with a table to within some tenths of a point.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from loftq.evaluate.metrics import check_pairs, mean_error
-from loftq.evaluate.optional import optional_module
+from loftq.optional import optional_module
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -68,7 +68,11 @@ def pair_scores(predictions: Sequence[str], references: Sequence[str], *, stem: 
 
 def score_summaries(predictions: Sequence[str], references: Sequence[str], *, stem: bool = True) -> dict[str, float]:
     """Means of :func:`pair_scores` over the pairs, with their standard errors ``…_se``; arguments and errors are its."""
-    pairs = pair_scores(predictions, references, stem=stem)
+    return mean_scores(pair_scores(predictions, references, stem=stem))
+
+
+def mean_scores(pairs: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Means of what :func:`pair_scores` returns, with their standard errors ``…_se``."""
     means = {name: float(np.mean(scores)) for name, scores in pairs.items()}
     return means | {f"{name}_se": mean_error(scores) for name, scores in pairs.items()}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from loftq.evaluate import gsm8k
 from loftq.evaluate.generation import generate_texts
 from loftq.evaluate.head import chunks, losses, parts_of
 from loftq.evaluate.metrics import METRICS, score_labels
-from loftq.evaluate.perplexity import mean_and_error
+from loftq.evaluate.models import eval_mode
+from loftq.evaluate.perplexity import mean_and_error, perplexity_of
 from loftq.evaluate.predictions import Prediction
-from loftq.evaluate.rouge import ROUGE, pair_scores, score_summaries
+from loftq.evaluate.rouge import ROUGE, mean_scores, pair_scores
 from loftq.evaluate.squad import best_spans, score_answers
 from loftq.evaluate.squad import f1 as squad_f1
 
@@ -64,6 +65,11 @@ class Measurement:
     predictions: list[Prediction]
     examples: int = 0
 
+    @property
+    def known(self) -> dict[str, float]:
+        """Without what is undefined, as the correlation of a constant is."""
+        return {name: value for name, value in self.metrics.items() if value is not None}
+
 
 @torch.no_grad()
 def measure(
@@ -91,9 +97,7 @@ def measure(
         ConfigError: a metric that the task does not know.
     """
     metrics = check_metrics(examples.task, metrics)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         collator = Collator(examples.task, padding_id(model, tokenizer))
         run = _Run(
             model, tokenizer, examples, metrics, collator, batch_size, labels, max_new_tokens, num_beams, advance
@@ -104,8 +108,6 @@ def measure(
             "qa": run.answers,
             "summarization": run.summaries,
         }.get(examples.task, run.language)()
-    finally:
-        model.train(was_training)
     order = [m for name in metrics for m in (name, f"{name}_se") if m in found.metrics]
     rest = [m for m in found.metrics if m not in order]
     return Measurement({m: found.metrics[m] for m in (*order, *rest)}, found.predictions, examples.rows)
@@ -135,11 +137,16 @@ class _Run:
         drop = ("labels", "start_positions", "end_positions")
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in collated.items() if k not in drop}
 
+    @cached_property
+    def half(self) -> torch.dtype | None:
+        """The dtype of half-precision weights, if there are any."""
+        found = {p.dtype for p in self.model.parameters()} & {torch.bfloat16, torch.float16}
+        return next(iter(found), None)
+
     def output(self, batch: list[Example]) -> Any:
         """The model's; a float32 head on a half-precision body needs the autocast that it is trained under."""
-        half = {p.dtype for p in self.model.parameters()} & {torch.bfloat16, torch.float16}
         kind = next(self.model.parameters()).device.type
-        with torch.autocast(kind, dtype=next(iter(half), torch.bfloat16), enabled=bool(half)):
+        with torch.autocast(kind, dtype=self.half or torch.bfloat16, enabled=self.half is not None):
             return self.model(**self.inputs(batch))
 
     def labels_or_values(self) -> Measurement:
@@ -197,8 +204,12 @@ class _Run:
 
     def summaries(self) -> Measurement:
         texts = self.generated([e.input_ids.tolist() for e in self.examples])
-        wanted = [e.about["reference"] for e in self.examples]
-        return Measurement(dict(score_summaries(texts, wanted)), self.written(texts, "rougeL"))
+        rouge = pair_scores(texts, self.references)
+        return Measurement(dict(mean_scores(rouge)), self.written(texts, [s / 100 for s in rouge["rougeL"]]))
+
+    @property
+    def references(self) -> list[str]:
+        return [e.about["reference"] for e in self.examples]
 
     def generated(self, prompts: list[list[int]]) -> list[str]:
         return generate_texts(
@@ -211,16 +222,8 @@ class _Run:
             advance=lambda what, count: self.advance("texts", count),
         )
 
-    def written(self, texts: list[str], by: str) -> list[Prediction]:
-        """Generated texts beside their references, each scored by one metric."""
-        wanted = [e.about["reference"] for e in self.examples]
-        if by in ROUGE:
-            scores = [s / 100 for s in pair_scores(texts, wanted)[by]]
-        elif by == "exact_match":
-            scores = [float(t.strip() == w.strip()) for t, w in zip(texts, wanted, strict=True)]
-        else:
-            extract = _EXTRACT[by]
-            scores = [float(gsm8k.is_correct(t, w, extract)) for t, w in zip(texts, wanted, strict=True)]
+    def written(self, texts: list[str], scores: list[float]) -> list[Prediction]:
+        """Generated texts beside their references, each with its score from 0 to 1."""
         return [
             Prediction(e.where, _prompt_text(e.about["prompt"]), text, e.about["reference"], score)
             for e, text, score in zip(self.examples, texts, scores, strict=True)
@@ -233,20 +236,24 @@ class _Run:
             found |= self.perplexity()
         generated = [m for m in self.metrics if m in GENERATED]
         if generated:
-            texts = self.generated([_prompt_ids(e) for e in self.examples])
-            wanted = [e.about["reference"] for e in self.examples]
-            rows = self.written(texts, generated[0])
+            texts, wanted = self.generated([_prompt_ids(e) for e in self.examples]), self.references
+            scores: dict[str, list[float]] = {}
+            if set(generated) & set(ROUGE):
+                rouge = pair_scores(texts, wanted)
+                means = mean_scores(rouge)
             for name in generated:
-                if name in _EXTRACT:
-                    scores = gsm8k.accuracy(texts, wanted, extract=_EXTRACT[name])
-                    found |= {name: scores["accuracy"], f"{name}_se": scores["accuracy_se"]}
+                if name in ROUGE:
+                    found |= {m: means[m] for m in (name, f"{name}_se")}
+                    scores[name] = [s / 100 for s in rouge[name]]
                 elif name == "exact_match":
-                    found[name] = 100 * float(
-                        np.mean([t.strip() == w.strip() for t, w in zip(texts, wanted, strict=True)])
-                    )
+                    scores[name] = [float(t.strip() == w.strip()) for t, w in zip(texts, wanted, strict=True)]
+                    found[name] = 100 * float(np.mean(scores[name]))
                 else:
-                    summary = score_summaries(texts, wanted)
-                    found |= {m: summary[m] for m in (name, f"{name}_se")}
+                    extract = _EXTRACT[name]
+                    scores[name] = [float(gsm8k.is_correct(t, w, extract)) for t, w in zip(texts, wanted, strict=True)]
+                    whole = gsm8k.accuracy(texts, wanted, extract=extract)
+                    found |= {name: whole["accuracy"], f"{name}_se": whole["accuracy_se"]}
+            rows = self.written(texts, scores[generated[0]])
         return Measurement(found, rows)
 
     def perplexity(self) -> dict[str, float | None]:
@@ -264,8 +271,8 @@ class _Run:
             nll += [losses(parts.head.logits(hidden[c]), targets[c]) for c in chunks(targets.numel())]
             self.advance("examples", len(batch))
         mean, error = mean_and_error(torch.cat(nll))
-        value = math.exp(mean) if mean < 700 else math.inf
-        return {"perplexity": value, "perplexity_se": value * error, "loss": mean, "loss_se": error}
+        value, value_error = perplexity_of(mean, error)
+        return {"perplexity": value, "perplexity_se": value_error, "loss": mean, "loss_se": error}
 
 
 _EXTRACT = {"gsm8k": gsm8k.answer_number, "gsm8k_published": gsm8k.published_number}

@@ -12,6 +12,7 @@ from loftq.checkpoint.naming import architecture
 from loftq.data.tasks import task
 from loftq.errors import BackboneMismatchError, SourceError, first_line
 from loftq.evaluate.models import is_quantized
+from loftq.finetune.adapter import TASK_TYPES
 from loftq.finetune.model import Start, load_base
 from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.settings import TrainSettings
@@ -37,10 +38,10 @@ def load_run(folder: str | Path, *, dtype: str = "auto") -> tuple[nn.Module, Tra
     record = TrainingRecord.load(folder)
     settings = record.train_settings.replace(dtype=dtype)
     if settings.method == "full":
-        start = Start(str(folder), None, False)
+        start = Start(str(folder))
         return _placed(load_base(start, settings, record.labels)), record
     _check_backbone(folder, record)
-    start = Start(record.base, None, is_quantized(record.base))
+    start = Start(record.base)
     return _placed(_with_adapter(start, folder, settings, record)), record
 
 
@@ -97,7 +98,7 @@ def load_for_task(model: str, name: str, labels: list[str] | None, dtype: str) -
             )
         return _placed(loaded)
     settings = TrainSettings(DataSettings(name, "-"), method="full", dtype=dtype)
-    loaded_base = load_base(Start(model, None, False), settings, labels)
+    loaded_base = load_base(Start(model), settings, labels)
     if loaded_base.missing:
         raise SourceError(
             f"{model} has no {sorted(loaded_base.missing)[0]}, the trained head for {name}; train one with `loftq train`"
@@ -109,10 +110,4 @@ def _auto_classes(cls: Any) -> set[str]:
     """Names of the AutoModel classes that would build this class."""
     import transformers
 
-    names = (
-        "AutoModelForCausalLM",
-        "AutoModelForSeq2SeqLM",
-        "AutoModelForSequenceClassification",
-        "AutoModelForQuestionAnswering",
-    )
-    return {n for n in names if cls is not None and cls in getattr(transformers, n)._model_mapping.values()}
+    return {n for n in TASK_TYPES if cls is not None and cls in getattr(transformers, n)._model_mapping.values()}

@@ -7,12 +7,12 @@ from typing import Any
 
 from loftq.data.prepare import DataSettings, prepare
 from loftq.data.tasks import task
-from loftq.errors import ConfigError
-from loftq.evaluate.models import check_exists, load_tokenizer
+from loftq.errors import ConfigError, SourceError
+from loftq.evaluate.models import check_exists, load_config, load_tokenizer
 from loftq.evaluate.task import Measurement, check_metrics, measure
 from loftq.finetune.load import is_run, load_for_task, load_run
 from loftq.finetune.record import TrainingRecord
-from loftq.report.progress import bar, no_bar
+from loftq.report.progress import bar
 
 
 def evaluate_task(
@@ -60,7 +60,7 @@ def evaluate_task(
         loaded = load_for_task(model, settings.task, labels, dtype)
     tokenizer = load_tokenizer(model)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
-    with bar(len(examples), "measuring", "examples") if progress else no_bar() as advance:
+    with bar(len(examples), "measuring", "examples", show=progress) as advance:
         result = measure(
             loaded,
             tokenizer,
@@ -89,11 +89,9 @@ def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSett
 
 def _labels_of(model: str) -> list[str] | None:
     """The classes that a model's config names; ``None`` where it only counts them."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError):
+        config = load_config(model)
+    except SourceError:  # said where the model is loaded
         return None
     names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else []
     return [n.removeprefix("LABEL_") for n in names] if all(n.startswith("LABEL_") for n in names) else names

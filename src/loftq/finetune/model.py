@@ -42,12 +42,15 @@ class Start:
     Attributes:
         base: the quantized folder, or the full-precision model's folder or hub id.
         folder: the quantized folder whose adapter settings hold, if any.
-        quantized: whether ``base`` is packed.
     """
 
     base: str
-    folder: Path | None
-    quantized: bool
+    folder: Path | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the folder is what is trained, rather than its source."""
+        return self.folder is not None and self.base == str(self.folder)
 
 
 def find_start(method: str, init_from: str | Path | None, model: str | None) -> Start:
@@ -76,7 +79,7 @@ def find_start(method: str, init_from: str | Path | None, model: str | None) -> 
                 f"the method qlora trains a plainly quantized folder, but {folder} was made by {made_by}; quantize again with "
                 f"--method qlora, or train it with --method loftq"
             )
-        return Start(str(folder), folder, True)
+        return Start(str(folder), folder)
     if model is None:
         if folder is None:
             raise ConfigError(f"the method {method} trains a full-precision model, expected one with --model")
@@ -88,7 +91,7 @@ def find_start(method: str, init_from: str | Path | None, model: str | None) -> 
         raise ConfigError(
             f"{model} is quantized, but the method {method} trains a full-precision model; name its source"
         )
-    return Start(model, folder, False)
+    return Start(model, folder)
 
 
 def build(

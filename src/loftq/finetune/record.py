@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq.checkpoint.writer import replace_text
 from loftq.errors import SourceError
 from loftq.finetune.settings import TrainSettings
 
@@ -62,10 +63,7 @@ class TrainingRecord:
 
     def save(self, folder: Path) -> None:
         """Write the file; an earlier one is replaced at once or not at all."""
-        path = folder / RECORD
-        partial = path.with_name(f".{RECORD}.partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(folder / RECORD, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> TrainingRecord:

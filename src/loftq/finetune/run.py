@@ -13,31 +13,30 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from loftq.checkpoint.writer import disk_errors, lock_file
+from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
 from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id
 from loftq.data.examples import Examples
 from loftq.data.prepare import prepare
 from loftq.errors import LoftQError, OutputError, SourceError, first_line
-from loftq.evaluate.models import is_quantized, load_tokenizer
+from loftq.evaluate.models import is_quantized, load_config, load_tokenizer
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune.adapter import trainable_counts
+from loftq.finetune.folder import BEFORE, CHECKPOINTS, PREDICTIONS, begin_run, finished_run, last_checkpoint, step_of
 from loftq.finetune.model import Start, build, find_start
 from loftq.finetune.packing import check_isolated
 from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.save import save_result
 from loftq.finetune.settings import TrainSettings
-from loftq.finetune.trainer import CHECKPOINTS, Divergence, Progress, TaskTrainer, tensorboard, training_arguments
+from loftq.finetune.trainer import Divergence, Progress, TaskTrainer, tensorboard, training_arguments
+from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
-from loftq.report.progress import bar, no_bar
+from loftq.report.progress import bar
 from loftq.report.system import PeakMemory, machine, versions
 
-PREDICTIONS = "predictions.jsonl"
 IN_FOLDER = "finetuned"
 """Where a run goes that trains a quantized folder in its own place."""
-_STARTED = "started.json"
-_BEFORE = "before.json"
 
 
 def train(
@@ -83,79 +82,18 @@ def train(
         folder = {"base": start.base, "folder": start.folder and str(start.folder)}
         fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
         with disk_errors(run):
-            finished = _finished(run, fingerprint, resume)
+            finished = finished_run(run, fingerprint, resume)
         if finished is not None:
             return finished
         try:
             return _Training(run, settings, start, command, notice).run(
-                progress, lambda: _begin(run, fingerprint, resume)
+                progress, lambda: begin_run(run, fingerprint, resume)
             )
         except LoftQError:
             # a mistake in the data or the settings is no run: the corrected command may have this folder
             if is_new and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run)
             raise
-
-
-def _finished(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:
-    """The record of a run that is finished already, or ``None`` for one to start or continue.
-
-    Raises:
-        OutputError: the folder holds something else.
-    """
-    started = run / _STARTED
-    if started.exists():
-        if resume:
-            known = _read_started(started)
-            if known == fingerprint:
-                return _known_result(run)
-            raise OutputError(
-                f"{run} holds a run with other settings ({_difference(known, fingerprint)}); choose another folder, or start "
-                f"over with --no-resume"
-            )
-    elif any(p.name != ".lock" for p in run.iterdir()):
-        raise OutputError(f"{run} holds something else, expected a folder that is absent, empty or a run to continue")
-    return None
-
-
-def _begin(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's, without what an earlier one has left where it is not continued."""
-    with disk_errors(run):
-        if not resume:
-            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-            for name in (RECORD, PREDICTIONS, _BEFORE):
-                (run / name).unlink(missing_ok=True)
-        (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
-
-
-def _read_started(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
-            raise ValueError("no settings in it")
-    except ValueError as error:
-        raise OutputError(
-            f"{path} is damaged ({error}); start over with --no-resume, or choose another folder"
-        ) from None
-    return known
-
-
-def _known_result(run: Path) -> TrainingRecord | None:
-    if not (run / RECORD).exists():
-        return None
-    record = TrainingRecord.load(run)
-    if record.status.startswith("diverged") and not record.best_step:
-        raise OutputError(
-            f"the run in {run} diverged before its first checkpoint and has no result; lower the learning rate and start "
-            f"over with --no-resume"
-        )
-    return record
-
-
-def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = {**known, **known["settings"]}, {**wanted, **wanted["settings"]}
-    names = [n for n in flat[1] if n != "settings" and flat[0].get(n) != flat[1][n]]
-    return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1][n]!r}" for n in names[:2]) or "of another version"
 
 
 class _Training:
@@ -174,7 +112,7 @@ class _Training:
         """``begin`` is called once the data and the model are there, before anything is written."""
         started = time.perf_counter()
         memory = PeakMemory().start()
-        config = config_of(self.start.base)
+        config = load_config(self.start.base)
         settings = self.settings
         examples, labels = prepare(settings.data, self.tokenizer, config)
         held: Examples | None = None
@@ -187,7 +125,7 @@ class _Training:
         model, heads = build(self.start, settings, labels)
         begin()
         trainable, parameters = trainable_counts(model)
-        backbone = recorded_backbone(adapter_config(self.start.folder / "loftq_init")) if self.start.folder else None
+        backbone = recorded_backbone(adapter_config(self.start.folder / INIT_DIR)) if self.start.folder else None
         record = TrainingRecord(
             settings=settings.to_dict(),
             base=self.start.base,
@@ -245,8 +183,7 @@ class _Training:
             callbacks.append(tensorboard(self.folder))
 
         def measured(trained: nn.Module) -> dict[str, float]:
-            # what is undefined, as the correlation of a constant, has no number
-            return {k: v for k, v in self._measure(trained, held, labels, progress).metrics.items() if v is not None}
+            return self._measure(trained, held, labels, progress).known
 
         start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         trainer = TaskTrainer(
@@ -264,20 +201,18 @@ class _Training:
         )
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
-        checkpoint = _last_checkpoint(self.folder / CHECKPOINTS)
-        begun = self.folder / _BEFORE
+        checkpoint = last_checkpoint(self.folder / CHECKPOINTS)
+        begun = self.folder / BEFORE
         if held is not None:
             if checkpoint is None or not begun.exists():
                 record.before = measured(model)
-                partial = begun.with_suffix(".partial")
-                partial.write_text(json.dumps(record.before), encoding="utf-8")
-                partial.replace(begun)
+                replace_text(begun, json.dumps(record.before))
             else:
                 record.before = json.loads(begun.read_text(encoding="utf-8"))
         steps = _total_steps(trainer, settings)
         clock = time.perf_counter()
-        with bar(steps, f"training ({settings.method})", "steps") if progress else no_bar() as advance:
-            done = _step_of(checkpoint)
+        with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
+            done = step_of(checkpoint)
             if done:
                 advance("", done)
             trainer.add_callback(Progress(advance))
@@ -304,12 +239,12 @@ class _Training:
             if any(k.startswith("eval_") for k in e)
         ]
         kept = trainer.state.best_model_checkpoint if held else None
-        record.best_step = _step_of(Path(kept)) if kept else trainer.state.global_step
+        record.best_step = step_of(Path(kept)) if kept else trainer.state.global_step
         if divergence.reason is not None:
             record.status = f"diverged: {divergence.reason}"
             if kept is None:
-                last = _last_checkpoint(self.folder / CHECKPOINTS)
-                record.best_step = _step_of(last)
+                last = last_checkpoint(self.folder / CHECKPOINTS)
+                record.best_step = step_of(last)
                 if last is None:
                     record.save(self.folder)
                     raise SourceError(
@@ -325,7 +260,7 @@ class _Training:
             record.status = "stopped early" if early else "finished"
         if held is not None:
             result = self._measure(trainer.model, held, labels, progress)
-            record.after = {k: v for k, v in result.metrics.items() if v is not None}
+            record.after = result.known
             if result.predictions:
                 write_predictions(self.folder / PREDICTIONS, result.predictions)
                 record.predictions = PREDICTIONS
@@ -336,7 +271,7 @@ class _Training:
     ) -> Measurement:
         assert held is not None
         settings = self.settings
-        with bar(len(held), "measuring", "examples") if progress else no_bar() as advance:
+        with bar(len(held), "measuring", "examples", show=progress) as advance:
             return measure(
                 model,
                 self.tokenizer,
@@ -350,32 +285,8 @@ class _Training:
             )
 
 
-def config_of(base: str) -> Any:
-    """The config of a model.
-
-    Raises:
-        SourceError: there is none.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{base} has no readable config.json ({error}); expected a model") from None
-
-
 def _total_steps(trainer: TaskTrainer, settings: TrainSettings) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
     batches = len(trainer.get_train_dataloader())
     return max(1, int(settings.epochs * -(-batches // settings.gradient_accumulation)))
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint: the Trainer writes its state last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

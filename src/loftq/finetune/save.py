@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from loftq.checkpoint.writer import disk_errors
 from loftq.finetune.model import Start
 from loftq.finetune.record import TrainingRecord
-from loftq.hub.adapter import ADAPTER_CONFIG, BACKBONE_KEY
+from loftq.hub.adapter import ADAPTER_CONFIG, amend_adapter_config
 
 
 def save_result(model: nn.Module, tokenizer: Any, folder: Path, start: Start, record: TrainingRecord) -> None:
@@ -21,19 +20,7 @@ def save_result(model: nn.Module, tokenizer: Any, folder: Path, start: Start, re
     with disk_errors(folder):
         model.save_pretrained(str(folder), **options)  # type: ignore[operator]
     tokenizer.save_pretrained(str(folder))
-    path = folder / ADAPTER_CONFIG
-    if not path.exists():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["base_model_name_or_path"] = start.base
-    if record.backbone_sha256 is not None:
+    if (folder / ADAPTER_CONFIG).exists():
         base: Any = model.get_base_model()  # type: ignore[operator]
-        values["auto_mapping"] = {
-            "base_model_class": type(base).__name__,
-            "parent_library": type(base).__module__,
-            BACKBONE_KEY: record.backbone_sha256,
-        }
-    if isinstance(values.get("target_modules"), list):
-        values["target_modules"] = sorted(values["target_modules"])
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in
+        amend_adapter_config(folder, base, record.backbone_sha256, base_model_name_or_path=start.base)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loftq.data.collate import Collator, ExampleDataset
+from loftq.data.collate import Collator
 from loftq.data.examples import Examples
 from loftq.errors import ConfigError, first_line
+from loftq.finetune.folder import CHECKPOINTS
+from loftq.finetune.model import load_dtype
 from loftq.finetune.settings import TrainSettings
 
-CHECKPOINTS = "checkpoints"
 WINDOW = 25
 """Steps over which the loss is averaged to see whether it runs away."""
 RISE = 2.0
@@ -36,9 +37,7 @@ def training_arguments(
         best: the metric that decides which checkpoint is kept; ``None`` without measurement.
     """
     on_gpu = torch.cuda.is_available()
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    dtype = load_dtype(settings.dtype)
     when: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch" if best else "no"}
     if settings.eval_steps is not None:
         when = {"save_strategy": "steps", "save_steps": settings.eval_steps}
@@ -56,8 +55,8 @@ def training_arguments(
             warmup_steps=settings.warmup_ratio,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            bf16=dtype == "bfloat16",
-            fp16=dtype == "float16" and on_gpu,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16 and on_gpu,
             use_cpu=not on_gpu,
             seed=settings.seed,
             data_seed=settings.seed,
@@ -112,8 +111,8 @@ class TaskTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=ExampleDataset(examples),
-            eval_dataset=ExampleDataset(examples) if measure else None,  # never read; the Trainer insists on one
+            train_dataset=examples,
+            eval_dataset=examples if measure else None,  # never read; the Trainer insists on one
             data_collator=collator,
             callbacks=callbacks,
         )

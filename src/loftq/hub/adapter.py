@@ -94,15 +94,25 @@ def task_type(class_name: str) -> str | None:
 
 
 def save_adapter_config(config: LoraConfig, directory: Path, model: nn.Module, backbone_sha256: str) -> None:
-    """Write ``adapter_config.json`` with the backbone's hash in ``auto_mapping``, a field that PEFT carries along."""
-    auto_mapping = {
-        "base_model_class": type(model).__name__,
-        "parent_library": type(model).__module__,
-        BACKBONE_KEY: backbone_sha256,
-    }
-    config.save_pretrained(str(directory), auto_mapping_dict=auto_mapping)
-    # PEFT keeps target modules in a set, whose order changes from run to run
+    """Write ``adapter_config.json`` as :func:`amend_adapter_config` leaves it."""
+    config.save_pretrained(str(directory))
+    amend_adapter_config(directory, model, backbone_sha256)
+
+
+def amend_adapter_config(directory: Path, model: nn.Module, backbone_sha256: str | None, **changes: Any) -> None:
+    """Put the backbone's hash into ``auto_mapping``, a field that PEFT carries along, and fields into an order.
+
+    Args:
+        model: the base model. backbone_sha256: ``None`` for one that is not packed. changes: of further fields.
+    """
     path = directory / ADAPTER_CONFIG
-    values: dict[str, Any] = json.loads(path.read_text())
-    values["target_modules"] = sorted(values["target_modules"])
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    values: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    if backbone_sha256 is not None:
+        values["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+            BACKBONE_KEY: backbone_sha256,
+        }
+    if isinstance(values["target_modules"], list):  # PEFT keeps them in a set, whose order changes from run to run
+        values["target_modules"] = sorted(values["target_modules"])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

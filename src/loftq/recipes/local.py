@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import ConfigError, SourceError
+from loftq.optional import optional_module
 from loftq.recipes.recipe import Data, Recipe
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".raw")
@@ -181,8 +182,4 @@ def _delimited(file: Path) -> Iterable[str]:
 
 
 def _parquet(file: Path) -> Iterable[str]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ConfigError(f'{file} needs pyarrow; run `pip install "loftq[train]"`') from None
-    return parquet.read_schema(file).names
+    return optional_module("pyarrow.parquet", str(file), "pyarrow", "train").read_schema(file).names

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.source import read_json
-from loftq.checkpoint.writer import disk_errors
+from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.config import LoftQConfig
 from loftq.errors import OutputError
 from loftq.finetune.settings import TrainSettings
@@ -127,6 +126,4 @@ class _State:
             self._write()
 
     def _write(self) -> None:
-        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self.file)
+        replace_text(self.file, json.dumps(self.values, indent=1) + "\n")

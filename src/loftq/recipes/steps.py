@@ -87,7 +87,7 @@ class Step:
             start = ["--init-from", given["init_from"]] if given["init_from"] else ["--model", given["model"]]
             words = [given["out"], *start, *_train_options(given["settings"])]
         else:
-            words = [given["run"], *_data_options(given["data"], TRAIN_ONLY)]
+            words = [given["run"], *_data_options(given["data"])]
             words += ["--metrics", ",".join(given["metrics"]), *_changed(given["options"], {})]
         return shlex.join(["loftq", self.kind, *map(str, words)])
 
@@ -155,19 +155,17 @@ def _settings(recipe: Recipe, options: Options, method: str, seed: int) -> dict[
 def _data(recipe: Recipe, options: Options, evaluation: str | None) -> dict[str, Any]:
     """Fields of the data settings, for training or for one evaluation."""
     data, local = recipe.data, options.local.get(evaluation or "train")
-    found: dict[str, Any] = {
+    split = "train" if local else data.train if evaluation is None else data.evaluate[evaluation]
+    return {
         "task": recipe.task,
         "data": str(local.file) if local else data.name,
-        "split": "train" if local or evaluation is None else data.evaluate[evaluation],
+        "split": split,
         "map": dict(local.map if local else data.map),
         "labels": list(data.labels) if recipe.task == "classification" else [],
         "max_length": recipe.training.max_length,
         "prompt_template": data.prompt_template,
         "limit": options.limit,
     }
-    if evaluation is None and not local:
-        found["split"] = data.train
-    return found
 
 
 def _quantize_options(config: LoftQConfig) -> list[str]:
@@ -195,9 +193,6 @@ def _quantize_options(config: LoftQConfig) -> list[str]:
     return words
 
 
-TRAIN_ONLY = ("packing",)
-
-
 def _train_options(settings: Mapping[str, Any]) -> list[str]:
     """Options of ``loftq train`` that give these settings."""
     default = {f.name: f.default for f in dataclasses.fields(TrainSettings)}
@@ -205,13 +200,13 @@ def _train_options(settings: Mapping[str, Any]) -> list[str]:
     return [*_data_options(settings["data"]), *_changed(rest, default)]
 
 
-def _data_options(data: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
+def _data_options(data: Mapping[str, Any]) -> list[str]:
     """Options that give these data settings."""
     default = {f.name: f.default for f in dataclasses.fields(DataSettings)}
     words = ["--task", data["task"], "--data", data["data"], "--split", data["split"]]
     for column, role in data["map"].items():
         words += ["--map", f"{column}={role}"]
-    rest = {k: v for k, v in data.items() if k not in ("task", "data", "split", "map", *without)}
+    rest = {k: v for k, v in data.items() if k not in ("task", "data", "split", "map")}
     return [*words, *_changed(rest, default)]
 
 

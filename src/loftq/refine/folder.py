@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loftq.checkpoint.source import SafetensorsSource, as_bytes, read_header, read_json
-from loftq.checkpoint.writer import check_target, disk_errors
+from loftq.checkpoint.writer import check_target, disk_errors, replace_text
 from loftq.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BACKBONE_KEY, INIT_DIR
 from loftq.hub.backbone import adapter_sha256, backbone_sha256
 from loftq.refine.record import RefinementReport
@@ -79,10 +79,10 @@ def write_refined(
             adapter_sha256=adapter_sha256(new),
             backbone_sha256=backbone_sha256(new) if backbone else report.backbone_sha256,
         )
-        _replace_text(new / INIT_DIR / ADAPTER_CONFIG, _config_text(folder, target, report.backbone_sha256))
+        replace_text(new / INIT_DIR / ADAPTER_CONFIG, _config_text(folder, target, report.backbone_sha256))
         for path in new.glob("*.json"):
             if path.stat().st_nlink > 1:  # what is written anew must not change the old folder
-                _replace_text(path, path.read_text(encoding="utf-8"))
+                replace_text(path, path.read_text(encoding="utf-8"))
         report.save(new)
         record = dataclasses.replace(
             record, backbone_sha256=report.backbone_sha256, adapter_sha256=report.adapter_sha256
@@ -142,12 +142,6 @@ def _config_text(folder: Path, target: Path, backbone: str) -> str:
     if target != folder:
         values["base_model_name_or_path"] = str(target)
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _to_disk(folder: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.source import read_json
+from loftq.checkpoint.writer import replace_text
 
 REFINEMENT = "loftq_refinement.json"
 
@@ -74,9 +74,7 @@ class RefinementReport:
         return asdict(self)
 
     def save(self, directory: Path) -> None:
-        partial = directory / (REFINEMENT + ".tmp")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, directory / REFINEMENT)
+        replace_text(directory / REFINEMENT, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> RefinementReport:

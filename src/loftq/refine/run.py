@@ -6,7 +6,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from loftq.refine.student import (
 )
 from loftq.refine.teacher import checked_source, is_causal, load_dense, output_head, teacher_states
 from loftq.refine.windows import Windows, read_windows
+from loftq.report.progress import bar
 from loftq.report.record import QuantizationReport
 from loftq.report.system import PeakMemory, versions
 
@@ -196,7 +196,7 @@ class _Refinement:
         """Run what is left of all stages: their records, the metric, and its value before and after."""
         assert self.teacher is not None
         tokens = windows.ids.numel()
-        with _bar(tokens, "reading", progress) as advance:
+        with bar(tokens, "reading", "tokens", show=progress) as advance:
             states = teacher_states(
                 self.teacher, windows, self.settings.batch_tokens, state.path / "hidden", STATES_BYTES, advance
             )
@@ -266,7 +266,7 @@ class _Refinement:
                 )
 
         work = (len(stage.names) - len(curve)) * self.settings.block_epochs * len(windows.train) * windows.ids.shape[1]
-        with _bar(work, "blocks", progress) as advance:
+        with bar(work, "blocks", "tokens", show=progress) as advance:
             stage.run(len(curve), done, advance)
         return StageRecord("blocks", before, before, False, stage.steps, stage.tokens // len(stage.names), curve)
 
@@ -297,7 +297,7 @@ class _Refinement:
                 )
 
         left = (stage.steps - stage.optimizer.step_number) * max(1, self.settings.batch_tokens)
-        with _bar(left, "model", progress) as advance:
+        with bar(left, "model", "tokens", show=progress) as advance:
             stage.run(after_step, advance)
         return StageRecord("model", before, before, False, stage.optimizer.step_number, stage.tokens, stage.curve)
 
@@ -313,11 +313,3 @@ class _Clock:
             return False
         self._last = time.monotonic()
         return True
-
-
-def _bar(total: int, label: str, show: bool) -> AbstractContextManager[Progress]:
-    if not show:
-        return nullcontext(lambda what, amount: None)
-    from loftq.report.progress import bar
-
-    return bar(total, label, "tokens")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint.source import read_json
-from loftq.checkpoint.writer import disk_errors
+from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
@@ -142,6 +141,4 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(value, indent=1) + "\n")

@@ -26,8 +26,10 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(total: int, label: str = "quantizing", unit: str = "weights") -> Iterator[Callable[[str, int], None]]:
-    """Yield ``advance(what, amount)``. Drawn on stderr, and not at all where that is no terminal."""
+def bar(
+    total: int, label: str = "quantizing", unit: str = "weights", *, show: bool = True
+) -> Iterator[Callable[[str, int], None]]:
+    """Yield ``advance(what, amount)``. Drawn on stderr, and not at all where that is no terminal or ``show`` is false."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -38,16 +40,10 @@ def bar(total: int, label: str = "quantizing", unit: str = "weights") -> Iterato
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(label, total=total)
 
         def advance(what: str, amount: int) -> None:
             progress.update(task, advance=amount, description=f"{label} {what[-40:]:<40}")
 
         yield advance
-
-
-@contextmanager
-def no_bar() -> Iterator[Callable[[str, int], None]]:
-    """What :func:`bar` yields, without a bar."""
-    yield lambda what, amount: None

@@ -1,4 +1,4 @@
-"""Packages that only some measurements need."""
+"""Packages that only some of the work needs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""Data sets of the hub, through the package datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from loftq.errors import ConfigError, SourceError, first_line
+
+
+def hub_rows(name: str, split: str, config: str | None = None, *, what: str, install: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split, streamed.
+
+    Args:
+        name, config: the data set's id and its configuration.
+        what: what a user has called it, for the message where the package is missing. install: what pip has to install.
+
+    Raises:
+        ConfigError: the package is not installed. SourceError: there is no such data set, or it cannot be read.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ConfigError(
+            f"{what} is no file here, and data sets of the hub need another package; give a file, or pip install {install}"
+        ) from None
+    try:
+        yield from load_dataset(*filter(None, (name, config)), split=split, streaming=True)
+    except Exception as error:
+        whole = f"{name}:{config}" if config else name
+        raise SourceError(
+            f"data set {whole} could not be read ({first_line(error)}); check its name, its split {split!r} and the network"
+        ) from None

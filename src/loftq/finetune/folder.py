@@ -1,0 +1,88 @@
+"""What stands in a run's folder while it is under way, and whether the folder may be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint.writer import disk_errors
+from loftq.errors import OutputError
+from loftq.finetune.record import RECORD, TrainingRecord
+
+CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions.jsonl"
+BEFORE = "before.json"
+_STARTED = "started.json"
+
+
+def finished_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:
+    """The record of a run that is finished already, or ``None`` for one to start or continue.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
+    started = run / _STARTED
+    if started.exists():
+        if resume:
+            known = _read_started(started)
+            if known == fingerprint:
+                return _known_result(run)
+            raise OutputError(
+                f"{run} holds a run with other settings ({_difference(known, fingerprint)}); choose another folder, or start "
+                f"over with --no-resume"
+            )
+    elif any(p.name != ".lock" for p in run.iterdir()):
+        raise OutputError(f"{run} holds something else, expected a folder that is absent, empty or a run to continue")
+    return None
+
+
+def begin_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's, without what an earlier one has left where it is not continued."""
+    with disk_errors(run):
+        if not resume:
+            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+            for name in (RECORD, PREDICTIONS, BEFORE):
+                (run / name).unlink(missing_ok=True)
+        (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def _read_started(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
+            raise ValueError("no settings in it")
+    except ValueError as error:
+        raise OutputError(
+            f"{path} is damaged ({error}); start over with --no-resume, or choose another folder"
+        ) from None
+    return known
+
+
+def _known_result(run: Path) -> TrainingRecord | None:
+    if not (run / RECORD).exists():
+        return None
+    record = TrainingRecord.load(run)
+    if record.status.startswith("diverged") and not record.best_step:
+        raise OutputError(
+            f"the run in {run} diverged before its first checkpoint and has no result; lower the learning rate and start "
+            f"over with --no-resume"
+        )
+    return record
+
+
+def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    flat = {**known, **known["settings"]}, {**wanted, **wanted["settings"]}
+    names = [n for n in flat[1] if n != "settings" and flat[0].get(n) != flat[1][n]]
+    return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1][n]!r}" for n in names[:2]) or "of another version"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint: the Trainer writes its state last."""
+    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
