@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,10 +52,10 @@ def check(
     )
     quiet_transformers()
     from loftq.data.check import label_text, summary, tokens
-    from loftq.data.prepare import prepare
-    from loftq.evaluate.models import load_config, load_tokenizer
+    from loftq.data.prepare import prepare, tokenizer_for
+    from loftq.evaluate.models import load_config
 
-    tokenizer: Any = load_tokenizer(model)
+    tokenizer = tokenizer_for(model, settings)
     examples, names = prepare(settings, tokenizer, load_config(model))
     totals = summary(examples, names)
     shown = [examples[i] for i in range(min(show, len(examples)))]

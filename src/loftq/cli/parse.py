@@ -13,7 +13,10 @@ from loftq.config import PUBLISHED
 from loftq.errors import ConfigError
 
 TASK_HELP = "causal, completion, chat, classification, regression, qa, summarization."
-DATA_HELP = "File (JSONL, JSON, CSV, TSV, Parquet, text), folder with a file a split, or hub data set ID[:CONFIG]."
+DATA_HELP = (
+    "File (JSONL, JSON, CSV, TSV, Parquet, text), folder with a file a split, or hub data set ID[:CONFIG]; for causal also "
+    "FILE.safetensors:KEY with token ids."
+)
 MAP_HELP = "COLUMN=ROLE for columns with unusual names; numbers for a file without header."
 
 _SIZE = re.compile(r"^(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)B?$", re.IGNORECASE)

@@ -21,7 +21,7 @@ class Shown:
 
 
 def tokens(example: Example, tokenizer: Any, task: str) -> list[Shown]:
-    """The input's tokens; what is learned is marked for tasks whose labels stand in the input."""
+    """The input's tokens, by id where there is no tokenizer; what is learned is marked where labels stand in the input."""
     ids = example.input_ids.tolist()
     if task == "qa":
         start, end = example.labels
@@ -31,7 +31,8 @@ def tokens(example: Example, tokenizer: Any, task: str) -> list[Shown]:
         learned = [i > 0 and label != IGNORED for i, label in enumerate(example.labels.tolist())]
     else:
         learned = [False] * len(ids)
-    return [Shown(i, tokenizer.decode([i]), mark) for i, mark in zip(ids, learned, strict=True)]
+    text = str if tokenizer is None else lambda i: tokenizer.decode([i])
+    return [Shown(i, text(i), mark) for i, mark in zip(ids, learned, strict=True)]
 
 
 def label_text(example: Example, tokenizer: Any, task: str, names: list[str] | None) -> str | None:

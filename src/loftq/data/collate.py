@@ -19,7 +19,8 @@ def padding_id(model: Any, tokenizer: Any) -> int:
     last token of a text by its config's padding token, which is set where it has none.
     """
     config = model.config.get_text_config()
-    wanted = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    own = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer is not None else ()
+    wanted = (config.pad_token_id, *own)
     found = next((i for i in wanted if isinstance(i, int) and 0 <= i < config.vocab_size), 0)
     config.pad_token_id = found
     return found

@@ -16,9 +16,12 @@ from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_
 from loftq.data.questions import question_examples
 from loftq.data.roles import Roles
 from loftq.data.rows import Row, read_rows
+from loftq.data.stored import stored_examples
 from loftq.data.summaries import summary_examples
 from loftq.data.tasks import TASKS, task
-from loftq.errors import ConfigError
+from loftq.errors import ConfigError, SourceError
+from loftq.evaluate.models import load_tokenizer
+from loftq.evaluate.tokens import is_stored, stored_tokens
 
 DEFAULT_LENGTH = {"causal": 512, "completion": 512, "chat": 1024, "qa": 384, "summarization": 512}
 """``max_length`` of a task where none is given, or the model's positions if fewer; 128 for the others."""
@@ -30,7 +33,8 @@ class DataSettings:
 
     Args:
         task: a name of :data:`loftq.data.tasks.TASKS`.
-        data: file, folder of splits, or hub data set (``ID`` or ``ID:CONFIG``).
+        data: file, folder of splits, or hub data set (``ID`` or ``ID:CONFIG``). For the task causal also
+            ``FILE.safetensors:KEY``, token ids that need no tokenizer.
         split: of a folder or a hub data set.
         map: column -> role, for columns whose names are not the usual ones; numbers for a file without header.
         labels: the classes of a classification in the order of their numbers; empty to take them from the training data.
@@ -85,6 +89,11 @@ class DataSettings:
         if self.packing and not task(self.task).is_causal:
             raise ConfigError(f"packing is on, but the task {self.task} has one text an input; turn it off")
         checked_template(self.prompt_template)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the data are token ids."""
+        return self.task == "causal" and is_stored(self.data)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "labels": list(self.labels)}
@@ -148,7 +157,7 @@ def prepare(
     """The examples of a split.
 
     Args:
-        tokenizer: of the model. config: of the model, for its number of positions.
+        tokenizer: of the model; ``None`` will do for token ids. config: of the model, for its number of positions.
         labels: the classes in the order of their numbers, where a training split has decided them already.
 
     Returns:
@@ -164,6 +173,8 @@ def prepare(
             f"max_target_length is {settings.max_target_length}, but the model has {limit} positions; lower it to at most "
             f"{limit}"
         )
+    if settings.is_stored:
+        return _stored(settings, length, config), None
     rows = rows_of(settings)
     if settings.task == "classification":
         labels = labels or settings.labels
@@ -176,6 +187,30 @@ def prepare(
     if settings.packing and settings.task != "causal":
         found = pack(found)
     return found, None
+
+
+def _stored(settings: DataSettings, length: int, config: Any | None) -> Examples:
+    if settings.packing is False or settings.limit is not None:
+        raise ConfigError(
+            f"{settings.data} is one stream of token ids, which is cut into windows; leave out the limit, and packing on"
+        )
+    ids = stored_tokens(settings.data)
+    assert ids is not None
+    return stored_examples(ids, settings.data, length, config)
+
+
+def tokenizer_for(model: str, *settings: DataSettings | None) -> Any:
+    """The tokenizer beside a model; ``None`` where there is none and only token ids are read.
+
+    Raises:
+        SourceError: there is none, and texts are read.
+    """
+    try:
+        return load_tokenizer(model)
+    except SourceError:
+        if all(s is None or s.is_stored for s in settings):
+            return None
+        raise
 
 
 def _builder(settings: DataSettings, tokenizer: Any, length: int) -> Callable[[Iterable[Row]], Examples]:

@@ -40,6 +40,11 @@ def text_tokens(name: str, model: str, max_tokens: int | None = None) -> Tensor:
     return encode(load_tokenizer(model), text, max_tokens)
 
 
+def is_stored(name: str) -> bool:
+    """Whether a name means stored ids, ``FILE.safetensors:KEY``."""
+    return _SEPARATOR in name
+
+
 def stored_tokens(name: str) -> Tensor | None:
     """The tensor that ``FILE.safetensors:KEY`` names, or ``None`` for a name of another kind.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loftq.data.prepare import DataSettings, prepare
+from loftq.data.prepare import DataSettings, prepare, tokenizer_for
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
-from loftq.evaluate.models import check_exists, load_config, load_tokenizer
+from loftq.evaluate.models import check_exists, load_config
 from loftq.evaluate.task import Measurement, check_metrics, measure
 from loftq.finetune.load import is_run, load_for_task, load_run
 from loftq.finetune.record import TrainingRecord
@@ -58,7 +58,7 @@ def evaluate_task(
         chosen = check_metrics(settings.task, metrics or task(settings.task).metrics)
         labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
         loaded = load_for_task(model, settings.task, labels, dtype)
-    tokenizer = load_tokenizer(model)
+    tokenizer = tokenizer_for(model, settings)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
     with bar(len(examples), "measuring", "examples", show=progress) as advance:
         result = measure(

@@ -17,9 +17,9 @@ from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
 from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id
 from loftq.data.examples import Examples
-from loftq.data.prepare import prepare
+from loftq.data.prepare import prepare, tokenizer_for
 from loftq.errors import LoftQError, OutputError, SourceError, first_line
-from loftq.evaluate.models import is_quantized, load_config, load_tokenizer
+from loftq.evaluate.models import is_quantized, load_config
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune.adapter import trainable_counts
@@ -106,7 +106,7 @@ class _Training:
         self.command = command
         self.notice = notice
         self.metrics = check_metrics(settings.data.task, settings.metric_names)
-        self.tokenizer = load_tokenizer(start.base)
+        self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data)
 
     def run(self, progress: bool, begin: Callable[[], None]) -> TrainingRecord:
         """``begin`` is called once the data and the model are there, before anything is written."""
@@ -182,8 +182,12 @@ class _Training:
         if settings.report_to == "tensorboard":
             callbacks.append(tensorboard(self.folder))
 
+        latest: dict[int, Measurement] = {}
+
         def measured(trained: nn.Module) -> dict[str, float]:
-            return self._measure(trained, held, labels, progress).known
+            latest.clear()
+            latest[trainer.state.global_step] = found = self._measure(trained, held, labels, progress)
+            return found.known
 
         start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         trainer = TaskTrainer(
@@ -205,7 +209,7 @@ class _Training:
         begun = self.folder / BEFORE
         if held is not None:
             if checkpoint is None or not begun.exists():
-                record.before = measured(model)
+                record.before = self._measure(model, held, labels, progress).known
                 replace_text(begun, json.dumps(record.before))
             else:
                 record.before = json.loads(begun.read_text(encoding="utf-8"))
@@ -218,7 +222,7 @@ class _Training:
             trainer.add_callback(Progress(advance))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         record.timing["training_seconds"] = round(time.perf_counter() - clock, 3)
-        self._finish(trainer, divergence, held, labels, record, progress)
+        self._finish(trainer, divergence, held, labels, record, progress, latest)
         begun.unlink(missing_ok=True)
 
     def _finish(
@@ -229,7 +233,9 @@ class _Training:
         labels: list[str] | None,
         record: TrainingRecord,
         progress: bool,
+        latest: dict[int, Measurement],
     ) -> None:
+        """``latest``: the last measurement by its step; that of the result, unless an earlier state is kept."""
         history = trainer.state.log_history
         names = ("step", "epoch", "loss", "learning_rate", "grad_norm")
         record.curve = [{n: entry.get(n) for n in names} for entry in history if "loss" in entry]
@@ -259,7 +265,7 @@ class _Training:
             early = trainer.state.global_step < trainer.state.max_steps
             record.status = "stopped early" if early else "finished"
         if held is not None:
-            result = self._measure(trainer.model, held, labels, progress)
+            result = latest.get(record.best_step) or self._measure(trainer.model, held, labels, progress)
             record.after = result.known
             if result.predictions:
                 write_predictions(self.folder / PREDICTIONS, result.predictions)

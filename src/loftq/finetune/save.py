@@ -19,7 +19,8 @@ def save_result(model: nn.Module, tokenizer: Any, folder: Path, start: Start, re
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with disk_errors(folder):
         model.save_pretrained(str(folder), **options)  # type: ignore[operator]
-    tokenizer.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
     if (folder / ADAPTER_CONFIG).exists():
         base: Any = model.get_base_model()  # type: ignore[operator]
         amend_adapter_config(folder, base, record.backbone_sha256, base_model_name_or_path=start.base)
