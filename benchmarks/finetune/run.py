@@ -1,0 +1,161 @@
+"""What a starting point is worth after fine-tuning: the same training from different starts, with several seeds.
+
+    python benchmarks/finetune/run.py                        # every experiment: hours on two cores
+    python benchmarks/finetune/run.py wikitext2 --jobs 2     # one; two runs at once, with one thread each
+    python benchmarks/finetune/run.py sst2 --only loftq-2    # runs whose name contains this
+    python benchmarks/finetune/run.py --plots-only
+
+Every start is made by ``loftq quantize`` (and ``loftq refine``), every run by ``loftq train``; each takes a few minutes, and
+what is finished is not repeated. ``EXPERIMENT.json`` has a row for each run. `experiments.py` says what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import experiments
+from experiments import DATA, HERE, Experiment, Model, Run
+
+from loftq.report.record import REPORT, QuantizationReport
+from loftq.report.system import machine, versions
+
+WORK = HERE / "work"
+LOFTQ = Path(sys.executable).with_name("loftq")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=f"{', '.join(experiments.EXPERIMENTS)}; all by default")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; the threads are shared among them")
+    parser.add_argument("--plots-only", action="store_true")
+    chosen = parser.parse_args()
+    unknown = [name for name in chosen.experiments if name not in experiments.EXPERIMENTS]
+    if unknown:
+        parser.error(f"no experiment {unknown[0]}; expected {', '.join(experiments.EXPERIMENTS)}")
+    if not DATA.is_dir():
+        print(f"skipped: {DATA} is not here")
+        return
+    for name in chosen.experiments or experiments.EXPERIMENTS:
+        experiment = experiments.EXPERIMENTS[name]()
+        if not chosen.plots_only:
+            runs = [run for run in experiment.runs if chosen.only in run.name]
+            perform(experiment, runs, chosen.jobs)
+        from pictures import plot
+
+        for picture in plot(experiment.name, experiment.metric):
+            print(f"-> {picture}")
+
+
+def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
+    """Make the starts that the runs need, one after the other, then the runs, ``jobs`` at once."""
+    folder = WORK / experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [run for run in runs if not (folder / run.name / "training.json").exists()]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    for start in dict.fromkeys(run.start for run in runs):
+        make(experiment.model, start)
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, threads)), runs):
+            print(f"{experiment.name}/{run.name}: {seconds:.0f} s", flush=True)
+            save(experiment, folder)
+    save(experiment, folder)
+
+
+def make(model: Model, start: str) -> Path:
+    """Make a start, and what it is made from before."""
+    made = WORK / model.name
+    folder = made / start
+    if not folder.is_file() and not (folder / REPORT).exists():
+        made.mkdir(parents=True, exist_ok=True)
+        for command in model.commands(start, made):
+            if isinstance(command, str):
+                make(model, command)
+            else:
+                print(f"{model.name}/{start}", flush=True)
+                loftq(*command)
+    return folder
+
+
+def train(experiment: Experiment, folder: Path, run: Run, threads: int) -> float:
+    """One run, in a process of its own."""
+    started = time.perf_counter()
+    init = ("--init-from", WORK / experiment.model.name / run.start)
+    options = {**experiment.options(folder), **run.options}
+    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    loftq("train", folder / run.name, "--method", run.method, *init, "--seed", run.seed, *arguments, threads=threads)
+    for metric, extra in experiment.afterwards.items():
+        record = folder / run.name / f"{metric}.json"
+        if not record.exists():
+            record.write_text(loftq("evaluate", folder / run.name, *extra, "--json", threads=threads))
+    return time.perf_counter() - started
+
+
+def loftq(*words: Any, threads: int | None = None) -> str:
+    """Run a command and return what it printed."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run([str(LOFTQ), *map(str, words)], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(['loftq', *map(str, words)])}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def save(experiment: Experiment, folder: Path) -> None:
+    """Write the rows of all finished runs with the machine and versions that gave them."""
+    rows = []
+    for run in experiment.runs:
+        path = folder / run.name / "training.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        row = {
+            **run.labels,
+            "seed": run.seed,
+            **{k: record[k] for k in ("status", "before", "after", "best_step", "timing")},
+        }
+        for metric in experiment.afterwards:
+            after = json.loads((path.parent / f"{metric}.json").read_text(encoding="utf-8"))
+            row["after"] = {**row["after"], **after["metrics"]}
+        row["command"] = plain(record["command"])
+        row["evaluations"] = record["evaluations"]
+        row["curve"] = [round(point["loss"], 4) for point in record["curve"]]
+        rows.append(row)
+    if not rows:
+        return
+    starts = {}
+    for start in dict.fromkeys(run.start for run in experiment.runs):
+        path = WORK / experiment.model.name / start
+        if (path / REPORT).exists():
+            starts[start] = round(QuantizationReport.load(path).bits_per_weight, 4)
+    settings = {k: plain(str(v)) for k, v in experiment.options(folder).items()}
+    result = {"title": experiment.title, "machine": machine(), "versions": versions(), "settings": settings}
+    path = HERE / f"{experiment.name}.json"
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps({**result, "bits_per_weight": starts, "rows": rows}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def plain(command: Any) -> Any:
+    """A command without the folders of the machine it ran on."""
+    if not isinstance(command, str):
+        return command
+    for folder, shown in ((DATA, "../shared/data"), (HERE, "benchmarks/finetune"), (Path.home(), "~")):
+        command = command.replace(str(folder), shown)
+    return command
+
+
+if __name__ == "__main__":
+    main()
