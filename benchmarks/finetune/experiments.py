@@ -64,10 +64,10 @@ class Model:
 
         A start is METHOD-BITS or METHOD-BITS-CODEBOOK.
         """
-        method, bits, codebook = [*start.replace("loftq-data", "data").split("-"), ""][:3]
         out = ("--out", made / start)
         if start == STATISTICS:
             return [("calibrate", self.folder(), *out, *self.calibration)]
+        method, bits, codebook = [*start.replace("loftq-data", "data").split("-"), ""][:3]
         if method == "refined":
             before = f"loftq-data-{bits}"
             return [before, ("refine", made / before, *out, *self.refine)]

@@ -65,8 +65,9 @@ def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for start in dict.fromkeys(run.start for run in runs):
         make(experiment.model, start)
+    shared = experiment.options(folder)
     with ThreadPoolExecutor(jobs) as pool:
-        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, threads)), runs):
+        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, shared, threads)), runs):
             print(f"{experiment.name}/{run.name}: {seconds:.0f} s", flush=True)
             save(experiment, folder)
     save(experiment, folder)
@@ -87,11 +88,11 @@ def make(model: Model, start: str) -> Path:
     return folder
 
 
-def train(experiment: Experiment, folder: Path, run: Run, threads: int) -> float:
+def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
     init = ("--init-from", WORK / experiment.model.name / run.start)
-    options = {**experiment.options(folder), **run.options}
+    options = {**shared, **run.options}
     arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
     loftq("train", folder / run.name, "--method", run.method, *init, "--seed", run.seed, *arguments, threads=threads)
     for metric, extra in experiment.afterwards.items():
