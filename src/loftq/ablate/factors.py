@@ -102,8 +102,9 @@ class Sweep:
         method, bits, rank, iters, codebook, damping, calibration: values, see :class:`Factors`.
         grid: all combinations. Otherwise one factor at a time departs from the base, and where 0 is among ``iters`` the
             values of bits, rank and codebook are measured at T = 0, as QLoRA, too.
-        base: factor -> value of the base. Without: the default of ``loftq quantize`` where it is among the values, the
-            first value elsewhere. Where a picture of a grid would have too many lines, those nearest to the base are kept.
+        base: factor -> value of the base. Without: the first text, and of the others the default of ``loftq quantize``
+            where it is among the values, elsewhere the largest T and the first of the rest. Where a picture of a grid
+            would have too many lines, those nearest to the base are kept.
 
     Raises:
         ConfigError: for a value out of range, given twice or not among the values, or a factor that makes no difference.
@@ -158,7 +159,9 @@ class Sweep:
         for name in FACTORS:
             values = getattr(self, name)
             usual = getattr(_DEFAULT, "num_iter" if name == "iters" else name)
-            chosen[name] = self.base.get(name, usual if usual in values else values[0])
+            if name == "calibration" or usual not in values:  # T = 0 would make most other factors idle
+                usual = max(values) if name == "iters" else values[0]
+            chosen[name] = self.base.get(name, usual)
         return Factors(**chosen)
 
     def asked(self) -> list[Factors]:

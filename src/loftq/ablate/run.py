@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from loftq.ablate.discrepancy import NORMS, Discrepancy, DiscrepancyMeter, means
 from loftq.ablate.factors import Factors
+from loftq.ablate.inputs import check_inputs
 from loftq.ablate.settings import Ablation
 from loftq.ablate.table import AFTER, BEFORE, Row, Tables
 from loftq.calibrate.kept import kept_statistics
@@ -23,12 +24,11 @@ from loftq.checkpoint.source import Source, open_source
 from loftq.checkpoint.writer import disk_errors, lock_file
 from loftq.compare import FLOAT, merged
 from loftq.config import LoftQConfig
-from loftq.errors import ConfigError, LoftQError, first_line
+from loftq.errors import LoftQError, first_line
 from loftq.evaluate.models import default_window, load_for_inference
 from loftq.evaluate.perplexity import perplexity
-from loftq.evaluate.tokens import text_digest, text_tokens
+from loftq.evaluate.tokens import text_digest
 from loftq.finetune.run import train
-from loftq.hub.adapter import task_type
 from loftq.pipeline import quantize_checkpoint
 from loftq.plan.targets import plan_modules
 from loftq.report.cells import claim_folder
@@ -64,8 +64,6 @@ def ablate(
     session = _Session(settings, source, folder, command, progress, notice)
     cells = list(dict.fromkeys(settings.cells().values()))
     configs = [settings.config(cell, session.model) for cell in cells]
-    for config in configs:
-        plan_modules(session.model, config)
     claim_folder(folder, settings.fingerprint(source), "sweep", growing="calibration_sha256")
     with disk_errors(folder):
         lock = (folder / ".lock").open("ab")
@@ -107,14 +105,8 @@ class _Session:
         self._said: set[str] = set()
         self._notice = notice
         self._meter: DiscrepancyMeter | None = None
-        self._ids: Tensor | None = None
+        self._ids = check_inputs(settings, source, self.model)
         self._held: tuple[str, Statistics] | None = None
-        name = type(self.model).__name__
-        if settings.text is not None and task_type(name) != "CAUSAL_LM":
-            raise ConfigError(
-                f"a text was given to measure perplexity on, but {settings.model} is a {name}, which predicts no next token; "
-                f"leave the text out"
-            )
 
     def notice(self, sentence: str) -> None:
         """The same is said once, not for every cell."""
@@ -205,9 +197,7 @@ class _Session:
         return row, modules
 
     def _perplexity(self, model: nn.Module, what: str) -> dict[str, Any]:
-        assert self.settings.text is not None
-        if self._ids is None:
-            self._ids = text_tokens(self.settings.text, self.settings.model, self.settings.max_tokens)
+        assert self._ids is not None
         window = default_window(model, self.settings.window)
         with bar(max(self._ids.numel() - 1, 1), f"evaluating {what}", "tokens", show=self.progress) as advance:
             found = perplexity(model, self._ids, window=window, advance=advance)

@@ -108,10 +108,13 @@ class Ablation:
         """What all cells of a folder have in common; values of factors may be added by a later command."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("sweep", "keep", "train")]
         values: dict[str, Any] = {"kind": "ablation", **{name: getattr(self, name) for name in names}}
-        values["train"] = None if self.train is None else self.train.to_dict()
-        values["train_sha256"] = None
-        if self.train is not None and self.train.eval_data is not None:
-            values["train_sha256"] = [text_digest(d.data) for d in (self.train.data, self.train.eval_data)]
+        values["fine_tuning"] = self.train is not None
+        if self.train is not None:
+            for name, value in self.train.to_dict().items():
+                parts = value if isinstance(value, dict) else {"": value}
+                values |= {f"train {name} {part}".strip(): known for part, known in parts.items()}
+            for name in ("data", "eval_data"):
+                values[f"train {name} sha256"] = text_digest(getattr(self.train, name).data)
         values["loftq"] = versions()["loftq"]
         values["source"] = {file.name: sha256_file(file) for file in source.files}
         values["text_sha256"] = text_digest(self.text)

@@ -49,7 +49,7 @@ def ablate(
         str | None,
         typer.Option(
             help="FACTOR=VALUE with commas, e.g. bits=2,iters=5.",
-            show_default="quantize's defaults, or the first values",
+            show_default="quantize's defaults, or the largest T and the first of the rest",
         ),
     ] = None,
     text: Annotated[
@@ -218,6 +218,9 @@ def _base(value: str | None) -> dict[str, Any]:
     return found
 
 
+_ONLY_TRAINING = ("max_steps", "metrics", "map", "labels", "max_length", "eval-split", "limit", "eval-limit")
+
+
 def _training(
     task: str | None,
     data: str | None,
@@ -234,6 +237,13 @@ def _training(
     from loftq.finetune.settings import TrainSettings
 
     if task is None and data is None and eval_data is None:
+        given = {**options, **prepared, "eval-split": eval_split, "limit": limit, "eval-limit": eval_limit}
+        stray = [name for name in _ONLY_TRAINING if given[name]]
+        if stray:
+            raise ConfigError(
+                f"--{stray[0].replace('_', '-')} is for fine-tuning, which needs --task, --data and --eval-data; add them or "
+                f"leave it out"
+            )
         return None
     if task is None or data is None:
         missing = "--task" if task is None else "--data"
