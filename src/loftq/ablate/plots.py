@@ -31,32 +31,38 @@ _RELATIVE = {
 }
 
 
-def plot_sweep(folder: str | Path, settings: Ablation) -> list[Path]:
+def plot_sweep(folder: str | Path, settings: Ablation, *, title: str | None = None) -> list[Path]:
     """Draw what the tables of a folder hold of a sweep; returns the files, which lie beside the tables.
 
     ``discrepancy.png`` has both norms by kind of module, ``discrepancy_layers.png`` by layer, a column for each bits;
     ``metric_vs_iters.png``, ``metric_vs_bits.png`` and ``metric_vs_rank.png`` what was measured along a factor.
+
+    Args:
+        title: what the pictures' titles begin with; the name of the model's folder without.
 
     Raises:
         ConfigError: without matplotlib. SourceError: the tables are damaged.
     """
     require_matplotlib()
     folder = Path(folder).expanduser()
+    title = Path(settings.model).name if title is None else title
     tables = Tables(folder)
     written = []
     lines = series(settings, tables.rows, "bits")
     for name, by in (("discrepancy", "kind"), ("discrepancy_layers", "layer")):
-        if path := _discrepancy(lines, tables.modules, by, folder / f"{name}.png", settings):
+        if path := _discrepancy(lines, tables.modules, by, folder / f"{name}.png", title):
             written.append(path)
     for along, label in _ALONG.items():
         found = [line for line in series(settings, tables.rows, along) if len(line.cells) > 1]
-        if found and (path := _metrics(found, along, label, tables, folder / f"metric_vs_{along}.png", settings)):
+        if found and (
+            path := _metrics(found, along, label, tables, folder / f"metric_vs_{along}.png", settings, title)
+        ):
             written.append(path)
     return written
 
 
 def _discrepancy(
-    lines: list[Series], modules: dict[Factors, list[Discrepancy]], by: str, path: Path, settings: Ablation
+    lines: list[Series], modules: dict[Factors, list[Discrepancy]], by: str, path: Path, model: str
 ) -> Path | None:
     widths = sorted({bits for line in lines for bits in line.cells})
     groups = list(
@@ -74,7 +80,7 @@ def _discrepancy(
     from matplotlib.ticker import MaxNLocator
 
     width = max(2.6, 0.4 * len(groups)) if by == "kind" else 2.9
-    figure, panels = _panels(len(_NORMS), len(widths), width, 2.6, share=True)
+    figure, panels = _panels(len(_NORMS), len(widths), width, 2.6)
     labels, common = names(lines, "bits")
     for row, (norm, title) in enumerate(_NORMS.items()):
         for column, bits in enumerate(widths):
@@ -110,7 +116,7 @@ def _discrepancy(
                 for edge in range(1, len(groups)):
                     axes.axvline(edge - 0.5, color="#EEEEEE", linewidth=0.8)
     over = "kind of module" if by == "kind" else "layer"
-    _finish(figure, panels, f"{Path(settings.model).name}, {common}: initial discrepancy, mean over each {over}")
+    _finish(figure, panels, f"{model}, {common}: initial discrepancy, mean over each {over}")
     return save_figure(figure, path)
 
 
@@ -122,7 +128,7 @@ def _by_group(modules: Sequence[Discrepancy], by: str, norm: str) -> dict[Any, f
 
 
 def _metrics(
-    lines: list[Series], along: str, label: str, tables: Tables, path: Path, settings: Ablation
+    lines: list[Series], along: str, label: str, tables: Tables, path: Path, settings: Ablation, model: str
 ) -> Path | None:
     columns = dict(_RELATIVE)
     if settings.text is not None:
@@ -170,7 +176,7 @@ def _metrics(
         axes.set_ylabel(text, fontsize=8)
     for axes in flat[len(columns) :]:
         axes.set_visible(False)
-    _finish(figure, panels, f"{Path(settings.model).name}, {common}")
+    _finish(figure, panels, f"{model}, {common}")
     return save_figure(figure, path)
 
 
@@ -179,11 +185,11 @@ def _points(line: Series, name: str) -> list[tuple[float, float]]:
     return sorted((x, y) for x, y in found if y is not None and math.isfinite(y))
 
 
-def _panels(rows: int, columns: int, width: float, height: float, share: bool = False) -> tuple[Any, Any]:
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns + 0.8, height * rows + 1.2), dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey="row" if share else "none")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _finish(figure: Any, panels: Any, title: str) -> None:
