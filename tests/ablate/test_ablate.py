@@ -1,24 +1,19 @@
 """``loftq ablate`` end to end: its tables against norms and perplexities computed apart in float64, resuming, refusals."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-import typer
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import loftq
 from loftq.ablate import Ablation, Factors, Sweep, ablate, run
 from loftq.calibrate import kept
 from loftq.checkpoint.source import SafetensorsSource
-from loftq.cli.ablate import ablate as verb
-from loftq.data.prepare import DataSettings
 from loftq.errors import ConfigError, LoftQError, OutputError, SourceError
-from loftq.finetune.settings import TrainSettings
+from sweeps import invoke, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,17 +35,6 @@ def settings(stories_dir, **changes):
         "calibration_length": 64,
     }
     return Ablation(str(stories_dir), **{**options, **changes})
-
-
-def invoke(*arguments):
-    app = typer.Typer()
-    app.command()(verb)
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def table(path):
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="module")
@@ -272,55 +256,6 @@ def test_encoder_has_norms_only(minilm_dir, tmp_path):
     with pytest.raises(ConfigError, match="predicts no next token; leave the text out"):
         next(ablate(Ablation(str(minilm_dir), sweep, text="pydoc"), tmp_path / "other"))
     assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.slow
-def test_trains_every_cell(bert, letters_a_or_b, tmp_path):
-    out = tmp_path / "out"
-    arguments = [
-        bert.parent / "source",
-        "--out",
-        out,
-        "--iters",
-        "0,1",
-        "--bits",
-        "2",
-        "--rank",
-        "2,4",
-        "--base",
-        "rank=4",
-    ]
-    arguments += ["--task", "classification", "--data", letters_a_or_b, "--eval-data", letters_a_or_b]
-    arguments += ["--max-steps", "6", "--lr", "1e-2", "--batch-size", "24"]
-    done = invoke(*arguments)
-    rows = table(out / "ablation.csv")
-    assert sorted((r["method"], r["rank"], r["iters"]) for r in rows) == [
-        ("loftq", "2", "1"),
-        ("loftq", "4", "1"),
-        ("qlora", "2", "0"),
-        ("qlora", "4", "0"),
-    ]  # the rank of QLoRA counts, for it is trained
-    assert {r["status"] for r in rows} == {"finished"}
-    assert {r["error"] for r in rows} == {""}
-    assert all(0 <= float(r["before_accuracy"]) <= 100 for r in rows)
-    assert len({r["after_accuracy"] for r in rows} | {r["before_accuracy"] for r in rows}) > 1, "nothing was learned"
-    assert "accuracy after" in done.stdout
-    assert not (out / "cells").exists()
-    with pytest.raises(OutputError, match="another train max_steps"):
-        invoke(*arguments, "--max-steps", "7")
-
-
-def test_cells_train_as_they_would_alone(bert, letters_a_or_b, tmp_path):
-    data = DataSettings("classification", letters_a_or_b)
-    train = TrainSettings(data, data, max_steps=4, batch_size=24, learning_rate=1e-2, metrics=("accuracy",))
-    chosen = Ablation(str(bert.parent / "source"), Sweep(bits=(2,), rank=(4,)), train=train)
-    ((row, _),) = ablate(chosen, tmp_path / "out", progress=False)
-    config = loftq.LoftQConfig(bits=2, rank=4, method="loftq", calibration=None)
-    loftq.quantize_checkpoint(bert.parent / "source", tmp_path / "q", config, progress=False)
-    record = run.train(tmp_path / "run", train, init_from=tmp_path / "q", progress=False)
-    assert row.metrics == {f"before_{k}": v for k, v in record.before.items()} | {
-        f"after_{k}": v for k, v in record.after.items()
-    }
 
 
 @pytest.mark.parametrize(
