@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import loftq
 import loftq.compare as work
 from loftq import LoftQConfig, quantize_checkpoint
+from loftq.calibrate import kept
 from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import open_source
 from loftq.compare import Comparison, average_bits, compare, first_layers
@@ -103,8 +105,8 @@ def test_numbers_are_those_of_each_function_alone(finished, stories_dir, statist
 def test_calibrates_once_for_all(stories_dir, tmp_path, monkeypatch):
     """The statistics are those of a direct forward pass, serve the methods, and are collected a single time."""
     calls = []
-    collect = work.float_statistics
-    monkeypatch.setattr(work, "float_statistics", lambda *a: calls.append(collect(*a)) or calls[-1])
+    collect = kept.collect_statistics
+    monkeypatch.setattr(kept, "collect_statistics", lambda *a, **k: calls.append(collect(*a, **k)) or calls[-1])
     chosen = settings(
         stories_dir,
         methods=("qlora", "qera", "cloq"),
@@ -188,6 +190,16 @@ def test_other_settings_and_other_folders(finished, stories_dir, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="something else"):
         next(compare(settings(stories_dir), tmp_path))
+
+
+def test_other_tokens_under_the_same_name(stories_dir, tmp_path):
+    text = tmp_path / "ids.safetensors"
+    chosen = settings(stories_dir, text=f"{text}:eval", methods=("qlora",), bits=(4,), max_tokens=50)
+    save_file({"eval": torch.arange(50)}, text)
+    next(compare(chosen, tmp_path / "out"))
+    save_file({"eval": torch.arange(50).flip(0)}, text)
+    with pytest.raises(OutputError, match="another text_sha256"):
+        next(compare(chosen, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

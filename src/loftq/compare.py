@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from torch import nn
 
+from loftq.calibrate.kept import kept_statistics
 from loftq.calibrate.statistics import Statistics
 from loftq.checkpoint.naming import meta_model, model_names
 from loftq.checkpoint.source import Source, open_source, sha256_file
@@ -26,7 +27,7 @@ from loftq.errors import ConfigError, LoftQError, first_line
 from loftq.evaluate.divergence import Reference, Score, score
 from loftq.evaluate.models import default_window, load_for_inference
 from loftq.evaluate.output_error import ErrorMeter
-from loftq.evaluate.tokens import check_apart, text_tokens
+from loftq.evaluate.tokens import check_apart, text_digest, text_tokens
 from loftq.hub.adapter import task_type
 from loftq.hub.quantizer import dequantize_modules
 from loftq.modules import PackedWeight
@@ -200,17 +201,15 @@ class _Session:
 
     @property
     def statistics(self) -> Statistics | None:
-        if self._statistics is None and self.settings.calibration is not None:
-            path = self.folder / STATISTICS
-            if path.exists():  # the folder's settings have been compared already
-                self._statistics = Statistics.load(path, {f.name: sha256_file(f) for f in self.source.files})
-            lacking = self._statistics is None or (
-                any(method_named(name).needs_gradients for name in self.settings.methods)
-                and all(s.fisher_rows is None for s in self._statistics.values())
+        settings = self.settings
+        if self._statistics is None and settings.calibration is not None:
+            config = LoftQConfig(
+                calibration=settings.calibration,
+                calibration_samples=settings.calibration_samples,
+                calibration_length=settings.calibration_length,
+                seed=settings.seed,
             )
-            if lacking:
-                self._statistics = float_statistics(self.settings, self.source)
-                self._statistics.save(path)
+            self._statistics = kept_statistics(self.folder / STATISTICS, self.source, config, settings.methods)
         return self._statistics
 
     def reference(self) -> Reference | None:
@@ -330,26 +329,5 @@ def _fingerprint(settings: Comparison, source: Source) -> dict[str, Any]:
     values["plans"] = {f"{bits:g}": sha256_file(Path(path)) for bits, path in sorted(settings.plans.items())}
     values["loftq"] = versions()["loftq"]
     values["source"] = {file.name: sha256_file(file) for file in source.files}
-    for name in ("text", "calibration"):
-        path = Path(str(getattr(settings, name)).partition(".safetensors:")[0])
-        values[f"{name}_sha256"] = sha256_file(path) if path.is_file() else None
+    values |= {f"{name}_sha256": text_digest(getattr(settings, name)) for name in ("text", "calibration")}
     return values
-
-
-def float_statistics(settings: Comparison, source: Source) -> Statistics:
-    """Statistics of the full-precision model's layer inputs on the calibration text, all in memory.
-
-    Raises:
-        SourceError, ConfigError: the text cannot be read, or does not fit the model.
-    """
-    from loftq.calibrate.choose import collect_statistics
-
-    config = LoftQConfig(
-        calibration=settings.calibration,
-        calibration_samples=settings.calibration_samples,
-        calibration_length=settings.calibration_length,
-        seed=settings.seed,
-    )
-    head = meta_model(source.config()).get_output_embeddings()
-    fisher = head is not None and any(method_named(name).needs_gradients for name in settings.methods)
-    return collect_statistics(source, config, fisher=fisher)

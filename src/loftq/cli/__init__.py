@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from loftq.cli.ablate import ablate
 from loftq.cli.calibrate import calibrate
 from loftq.cli.compare import compare
 from loftq.cli.data import data
@@ -40,6 +41,7 @@ for _verb in (
     inspect,
     evaluate,
     compare,
+    ablate,
     reproduce,
     generate,
     export,

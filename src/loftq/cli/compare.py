@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loftq.cli import parse
+from loftq.cli.follow import follow
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
@@ -69,18 +69,12 @@ def compare(
         from loftq.report.plots import require_matplotlib
 
         require_matplotlib()
-    cells = []
-    left = len(settings.methods) * len(settings.bits) + 1
-    spent: list[float] = []
-    started = time.perf_counter()
-    for cell, fresh in work.compare(settings, out, command=parse.this_command()):
-        cells.append(cell)
-        left -= 1
-        if fresh and len(cells) > 1:  # the full-precision model's row takes another kind of work
-            spent.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        ahead = f"; about {_duration(left * sum(spent) / len(spent))} left" if spent and left else ""
-        typer.echo(f"[{len(cells)}/{len(cells) + left}] {_line(cell)}{'' if fresh else ', known'}{ahead}", err=True)
+    cells = follow(
+        work.compare(settings, out, command=parse.this_command()),
+        len(settings.methods) * len(settings.bits) + 1,
+        _line,
+        lambda cell: cell.method != work.FLOAT,
+    )
     if plots is not None:
         from loftq.report.plots import plot_folder
 
@@ -142,12 +136,6 @@ def _line(cell: Cell) -> str:
         "weight error": cell.weight_error,
     }
     return f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in shown.items() if value is not None)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else (f"{minutes} min" if minutes >= 5 else f"{60 * minutes + rest} s")
 
 
 def _names(value: str) -> tuple[str, ...]:

@@ -91,11 +91,15 @@ class ErrorMeter:
         Raises:
             SourceError: if the folder is none, is damaged, or is of another source.
         """
-        return FolderErrors([self._module(*item) for item in self._matrices(Path(folder), use_adapter)])
+        return FolderErrors([self._module(*item) for item in self.residuals(folder, use_adapter=use_adapter)])
 
-    def _module(self, plan: ModulePlan, stored: Tensor) -> ModuleError:
-        weight = self._weight(plan)
-        error = stored.neg_().add_(weight)
+    def residuals(self, folder: str | Path, *, use_adapter: bool = True) -> Iterator[tuple[ModulePlan, Tensor, Tensor]]:
+        """(plan, W, E) of every module, one at a time: (out, in) float32 each. Arguments and errors as :meth:`measure`."""
+        for plan, stored in self._matrices(Path(folder), use_adapter):
+            weight = self._weight(plan)
+            yield plan, weight, stored.neg_().add_(weight)
+
+    def _module(self, plan: ModulePlan, weight: Tensor, error: Tensor) -> ModuleError:
         relative = _ratio(_squares(error), _squares(weight))
         statistics = self.statistics.get(plan.name) if plan.kind != "embedding" else None
         if statistics is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loftq.checkpoint.source import SafetensorsSource
+from loftq.checkpoint.source import SafetensorsSource, sha256_file
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.models import encode, load_tokenizer
 from loftq.evaluate.text import BUILTIN, read_text
@@ -79,6 +79,14 @@ def check_apart(calibration: str, text: str) -> None:
             f"calibration and measurement both use {text}, expected two texts: on its own calibration text a method looks "
             f"better than it is"
         )
+
+
+def text_digest(name: str | None) -> str | None:
+    """sha256 of the file that a text is read from; ``None`` for a text that is no file here."""
+    if name is None:
+        return None
+    path = _place(name)[0]
+    return sha256_file(path) if path.is_file() else None
 
 
 def _place(name: str) -> tuple[Path, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,23 +81,7 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.done: dict[tuple[str, float], Cell] = {}
-        settings = json.loads(json.dumps(settings, default=str))
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / SETTINGS).exists():
-                if any(folder.iterdir()):
-                    raise OutputError(
-                        f"{folder} holds something else than a comparison; choose another folder with --out"
-                    )
-                _write(folder / SETTINGS, settings)
-        known = read_json(folder / SETTINGS)
-        different = [k for k in {**known, **settings} if known.get(k) != settings.get(k)]
-        if different:
-            name = different[0]
-            raise OutputError(
-                f"{folder} holds a comparison with another {name} ({known.get(name)!r}, now {settings.get(name)!r}); choose "
-                f"another folder with --out"
-            )
+        claim_folder(folder, settings, "comparison")
         for row in read_rows(folder / RESULTS) if (folder / RESULTS).exists() else []:
             cell = Cell(**row)
             self.done[cell.method, cell.bits] = cell
@@ -109,6 +93,40 @@ class Results:
         with disk_errors(self.folder):
             _write(self.folder / RESULTS, [c.to_dict() for c in self.done.values()])
         return cell
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], kind: str, *, growing: str | None = None) -> None:
+    """Create a folder for results, or make sure that those in it have the same settings, which ``settings.json`` says.
+
+    Args:
+        settings: what all results of the folder have in common, as JSON can hold it. kind: of results, for messages.
+        growing: a setting that maps names to values, to which later commands may add names.
+
+    Raises:
+        OutputError: the folder holds something else, or results with other settings. SourceError: the file is damaged.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    path = folder / SETTINGS
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(folder.iterdir()):
+                raise OutputError(f"{folder} holds something else than a {kind}; choose another folder with --out")
+            _write(path, now)
+    known = read_json(path)
+    if growing is not None and isinstance(known.get(growing), dict):
+        now[growing] = {**known[growing], **now[growing]}
+        known[growing] = {**now[growing], **known[growing]}
+    different = [k for k in {**known, **now} if known.get(k) != now.get(k)]
+    if different:
+        name = different[0]
+        raise OutputError(
+            f"{folder} holds a {kind} with another {name} ({known.get(name)!r}, now {now.get(name)!r}); choose "
+            f"another folder with --out"
+        )
+    if growing is not None:
+        with disk_errors(folder):
+            _write(path, now)
 
 
 def save_layers(folder: Path, method: str, bits: float, errors: Iterable[ModuleError]) -> None:

@@ -18,7 +18,7 @@ from loftq.errors import ConfigError
 from loftq.report.cells import RESULTS, read_layers, read_rows
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; black is for this project's own method.
-_COLOURS = {
+COLOURS = {
     "orange": "#E69F00",
     "sky": "#56B4E9",
     "green": "#009E73",
@@ -29,23 +29,23 @@ _COLOURS = {
 _STYLES = {
     "loftq-data": ("black", "-", "o"),
     "auto": ("black", "--", "s"),
-    "loftq": (_COLOURS["blue"], "-", "o"),
-    "loftq-svd-first": (_COLOURS["blue"], ":", "v"),
-    "loftq-principal": (_COLOURS["blue"], "--", "s"),
-    "qlora": (_COLOURS["orange"], "-", "o"),
-    "rtn": (_COLOURS["orange"], ":", "v"),
-    "gptq": (_COLOURS["orange"], "--", "s"),
-    "pissa": (_COLOURS["pink"], "--", "s"),
-    "qpissa": (_COLOURS["pink"], "-", "o"),
-    "lqer": (_COLOURS["green"], ":", "v"),
-    "qera-approx": (_COLOURS["green"], "--", "s"),
-    "qera": (_COLOURS["green"], "-", "o"),
-    "cloq": (_COLOURS["red"], "-", "o"),
-    "caldera": (_COLOURS["red"], "--", "s"),
-    "lq-lora": (_COLOURS["sky"], "-", "o"),
-    "srr": (_COLOURS["sky"], "--", "s"),
+    "loftq": (COLOURS["blue"], "-", "o"),
+    "loftq-svd-first": (COLOURS["blue"], ":", "v"),
+    "loftq-principal": (COLOURS["blue"], "--", "s"),
+    "qlora": (COLOURS["orange"], "-", "o"),
+    "rtn": (COLOURS["orange"], ":", "v"),
+    "gptq": (COLOURS["orange"], "--", "s"),
+    "pissa": (COLOURS["pink"], "--", "s"),
+    "qpissa": (COLOURS["pink"], "-", "o"),
+    "lqer": (COLOURS["green"], ":", "v"),
+    "qera-approx": (COLOURS["green"], "--", "s"),
+    "qera": (COLOURS["green"], "-", "o"),
+    "cloq": (COLOURS["red"], "-", "o"),
+    "caldera": (COLOURS["red"], "--", "s"),
+    "lq-lora": (COLOURS["sky"], "-", "o"),
+    "srr": (COLOURS["sky"], "--", "s"),
 }
-_OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *_COLOURS.values())]
+_OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *COLOURS.values())]
 _OWN = ("loftq-data", "auto")
 _NO_ADAPTER = ("rtn", "qlora", "gptq")
 _BITS = "measured bits per weight, adapters apart"
@@ -211,8 +211,13 @@ def _draw(
         axes.yaxis.tick_right()
         axes.yaxis.set_label_position("right")
     axes.spines[["top", "left" if end == 0 else "right"]].set_visible(False)
-    _plain_ticks(axes, all(float(x).is_integer() for line in lines for x in line.x))
+    plain_ticks(axes, all(float(x).is_integer() for line in lines for x in line.x))
     _label_ends(axes, ends, left=end == 0)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a PNG file whole, in place of an earlier one."""
     partial = path.with_name(f".{path.stem}.partial.png")
     figure.savefig(partial)
     partial.replace(path)
@@ -225,7 +230,7 @@ def _clearer_end(lines: Sequence[_Line]) -> int:
     return 0 if first > 1.5 * last else -1
 
 
-def _plain_ticks(axes: Any, whole: bool) -> None:
+def plain_ticks(axes: Any, whole: bool) -> None:
     """Numbers as people write them: 20 and 3000 rather than powers of ten, unless there are too many decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
