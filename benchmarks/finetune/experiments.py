@@ -157,21 +157,20 @@ STORIES = Model(
 )
 
 
-def runs(methods: Sequence[str], seeds: dict[str, int], codebooks: Sequence[str] = (), **options: Any) -> list[Run]:
+def runs(methods: Sequence[str], seeds: dict[str, int], codebooks: Sequence[str] = ()) -> list[Run]:
     """Every method at every width with so many seeds; full-precision LoRA once, with as many seeds as the most."""
     found = []
-    for method in methods:
-        if method == "lora":
-            start = f"qlora-4-{codebooks[0]}" if codebooks else "qlora-4"
-            for seed in range(max(seeds.values())):
-                found.append(Run(f"lora-s{seed}", "lora", start, seed, {"method": "lora", "bits": 16}, options))
-            continue
-        for bits, count in seeds.items():
+    if "lora" in methods:
+        start = f"qlora-4-{codebooks[0]}" if codebooks else "qlora-4"
+        labels = {"method": "lora", "bits": 16.0}
+        found += [Run(f"lora-s{seed}", "lora", start, seed, labels) for seed in range(max(seeds.values()))]
+    for bits, count in seeds.items():
+        for method in (m for m in methods if m != "lora"):
             for codebook in codebooks if method in ("qlora", "loftq") and codebooks else ("",):
                 start = f"{method}-{bits}" + (f"-{codebook}" if codebook else "")
                 labels = {"method": method, "bits": float(bits), **({"codebook": codebook} if codebook else {})}
                 own = "qlora" if method == "qlora" else "loftq"
-                found += [Run(f"{start}-s{seed}", own, start, seed, labels, options) for seed in range(count)]
+                found += [Run(f"{start}-s{seed}", own, start, seed, labels) for seed in range(count)]
     return found
 
 
@@ -248,7 +247,7 @@ def wikitext2() -> Experiment:
         "SmolLM2-135M on WikiText-2",
         SMOLLM2,
         "perplexity",
-        at_best_rate(runs(list(METHODS), {"2": 2, "4": 2, "2.5": 1, "3": 1})),
+        at_best_rate(runs(list(METHODS), {"2": 2, "3": 1, "4": 2, "2.5": 1})),
         lambda folder: {**wikitext(folder, "train", "test"), "max-steps": 64, "batch-size": 4, "warmup-ratio": 0.1},
     )
 

@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from loftq.report.system import machine, versions
 
 WORK = HERE / "work"
 LOFTQ = Path(sys.executable).with_name("loftq")
+_MAKING = threading.Lock()
 
 
 def main() -> None:
@@ -58,13 +60,11 @@ def main() -> None:
 
 
 def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
-    """Make the starts that the runs need, one after the other, then the runs, ``jobs`` at once."""
+    """The runs, ``jobs`` at once; the starts that they need are made one after the other."""
     folder = WORK / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     runs = [run for run in runs if not (folder / run.name / "training.json").exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    for start in dict.fromkeys(run.start for run in runs):
-        make(experiment.model, start)
     shared = experiment.options(folder)
     with ThreadPoolExecutor(jobs) as pool:
         for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, shared, threads)), runs):
@@ -91,7 +91,8 @@ def make(model: Model, start: str) -> Path:
 def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
-    init = ("--init-from", WORK / experiment.model.name / run.start)
+    with _MAKING:
+        init = ("--init-from", make(experiment.model, run.start))
     options = {**shared, **run.options}
     arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
     loftq("train", folder / run.name, "--method", run.method, *init, "--seed", run.seed, *arguments, threads=threads)

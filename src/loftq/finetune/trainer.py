@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loftq.data.collate import Collator
@@ -117,6 +118,12 @@ class TaskTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # autocast takes each product's input to half precision: PEFT's own cast to the adapter's float32 before it, and
+        # that of its gradient, change nothing but the time, a tenth of the step on a CPU
+        with disable_input_dtype_casting(model, active=self.args.bf16 or self.args.fp16):
+            return super().training_step(model, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         assert self.measure is not None
