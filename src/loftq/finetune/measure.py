@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loftq.config import positive_int
 from loftq.data.prepare import DataSettings, prepare
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
@@ -20,8 +21,8 @@ def evaluate_task(
     changes: Mapping[str, Any],
     metrics: Sequence[str] | None = None,
     *,
-    dtype: str = "auto",
-    batch_size: int = 8,
+    dtype: str | None = None,
+    batch_size: int | None = None,
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     progress: bool = True,
@@ -32,6 +33,7 @@ def evaluate_task(
         model: the run's folder; a quantized folder; or a model's folder or hub id.
         changes: fields of :class:`DataSettings`. A run knows its task and its evaluation data, so none is needed.
         metrics: ``None`` for the run's, or the task's own.
+        dtype: ``None`` for the run's, or ``auto``. batch_size: examples at once; ``None`` for the run's, or 1.
         max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
 
     Returns:
@@ -40,6 +42,9 @@ def evaluate_task(
     Raises:
         SourceError: a model or data that cannot be used. ConfigError: settings that do not fit.
     """
+    asked = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    given = {name: positive_int(name, value) for name, value in asked.items() if value is not None}
+    usual = {"batch_size": 1, "max_new_tokens": 256, "num_beams": 1}
     labels: list[str] | None = None
     if is_run(model):
         record = TrainingRecord.load(model)
@@ -48,8 +53,9 @@ def evaluate_task(
         chosen = check_metrics(settings.task, metrics or record.train_settings.metric_names)
         loaded, record = load_run(model, dtype=dtype)
         labels = record.labels
-        max_new_tokens = max_new_tokens or record.train_settings.max_new_tokens
-        num_beams = num_beams or record.train_settings.num_beams
+        trained = record.train_settings
+        usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
+        usual["batch_size"] = trained.eval_batch_size or trained.batch_size
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
@@ -57,7 +63,7 @@ def evaluate_task(
         settings = DataSettings(**{"split": "validation", **changes, "packing": None})
         chosen = check_metrics(settings.task, metrics or task(settings.task).metrics)
         labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
-        loaded = load_for_task(model, settings.task, labels, dtype)
+        loaded = load_for_task(model, settings.task, labels, dtype or "auto")
     tokenizer = load_tokenizer(model)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
     with bar(len(examples), "measuring", "examples", show=progress) as advance:
@@ -66,11 +72,9 @@ def evaluate_task(
             tokenizer,
             examples,
             chosen,
-            batch_size=batch_size,
             labels=labels,
-            max_new_tokens=256 if max_new_tokens is None else max_new_tokens,
-            num_beams=1 if num_beams is None else num_beams,
             advance=advance,
+            **{**usual, **given},
         )
     return result, settings, examples.notes()
 
