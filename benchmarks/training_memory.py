@@ -79,20 +79,20 @@ def _in_process(task: dict[str, Any], environment: dict[str, str]) -> int:
 
 def measure(task: dict[str, Any]) -> int:
     """Bytes that this process grows by while it loads a model and trains it."""
-    train(load(task), 1, 8, 1)
+    train(load(task), task, 1, 8, 1)
     gc.collect()
     before = psutil.Process().memory_info().rss
     memory = PeakMemory().start()
-    train(load(task), task["batch_size"], task["length"], STEPS)
+    train(load(task), task, task["batch_size"], task["length"], STEPS)
     return memory.peak() - before
 
 
 def load(task: dict[str, Any]) -> torch.nn.Module:
-    """The model of a task, ready to train."""
+    """The model of a task, ready to train as `loftq train` does: what is trained is in float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, task["dtype"])
+    dtype = torch.float32 if task["method"] == "full" else getattr(torch, task["dtype"])
     if task["method"] == "loftq":
         model = loftq.load(task["folder"], trainable=True, dtype=dtype)
     else:
@@ -106,12 +106,16 @@ def load(task: dict[str, Any]) -> torch.nn.Module:
     return model.train()
 
 
-def train(model: torch.nn.Module, batch_size: int, length: int, steps: int) -> None:
+def train(model: torch.nn.Module, task: dict[str, Any], batch_size: int, length: int, steps: int) -> None:
     """AdamW on random tokens."""
+    dtype = getattr(torch, task["dtype"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for _ in range(steps):
         ids = torch.randint(3, 500, (batch_size, length))
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
         optimizer.step()
         optimizer.zero_grad()
 

@@ -94,6 +94,7 @@ def simulate_step(
     checkpointing: bool = False,
     device: str = "cpu",
     mask: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> StepBytes:
     """Bytes of one forward and backward pass of a transformers or PEFT model on the meta device.
 
@@ -105,6 +106,7 @@ def simulate_step(
         checkpointing: keep only the inputs of the layers and compute the rest again (gradient checkpointing).
         device: whose way to multiply with packed weights counts, ``cpu`` or ``cuda``.
         mask: fused attention with a mask, as where sequences are padded; without one, a causal model has none at all.
+        autocast: the dtype that the forward pass computes in, by the rules of the CPU; ``None`` for that of the weights.
 
     Raises:
         ConfigError: if the model cannot run on token ids alone, or not with checkpointing.
@@ -136,7 +138,8 @@ def simulate_step(
                 inputs["labels"] = ids
             known = [*model.parameters(), *model.buffers(), ids]
             with LiveBytes(known, _dense_weight_on(device)) as count:
-                output = model(**inputs)
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    output = model(**inputs)
                 loss = output.loss if head else output[0].float().sum()
                 del output
                 stored = count.live
