@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
 from loftq.modules import PackedWeight
+from loftq.modules.ops import float_stored
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
 # left out is otherwise decided by values, which fake tensors do not have.
@@ -47,13 +48,13 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         exclude: tensors that are not counted: parameters, buffers, inputs.
-        beside: operation -> function of its arguments; the tensor it returns counts while the operation runs.
+        beside: operation -> function of its arguments; the tensors it returns count while the operation runs.
 
     Attributes:
         live: bytes alive now. peak: the most so far.
     """
 
-    def __init__(self, exclude: Iterable[Tensor], beside: Mapping[Any, Callable[..., Tensor]] | None = None) -> None:
+    def __init__(self, exclude: Iterable[Tensor], beside: Mapping[Any, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
@@ -166,16 +167,18 @@ def _without_mask(model: nn.Module) -> None:
             config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
 
 
-def _dense_weight_on(device: str) -> dict[Any, Callable[..., Tensor]]:
-    """The dense copy of a packed weight for the duration of a product with it."""
+def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
+    """What a product with a packed weight takes for its duration: the weight's dense copy, and scales in float32."""
 
-    def product(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+    def product(x: Tensor, packed: Tensor, *stored: Any) -> Any:
         return dense(x, packed, *stored, x.shape[-1])
 
-    def dense(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+    def dense(x: Tensor, packed: Tensor, *stored: Any) -> Any:
+        *tensors, bits, block_size, columns = stored
+        floats = float_stored(*tensors)
         if device == "cpu":  # from the workspace, see workspace_bytes, in the dtype of the product
-            return x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * stored[-1])
-        return reference.dequantize(packed, *stored).to(x.dtype)
+            return floats, x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * columns)
+        return floats, reference.dequantize(packed, *floats, bits, block_size, columns).to(x.dtype)
 
     return {torch.ops.loftq.packed_linear.default: product, torch.ops.loftq.packed_linear_grad_input.default: dense}
 

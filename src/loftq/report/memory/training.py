@@ -11,8 +11,8 @@
       4 T (6 h + 2 k + 4 f + 7 r + n + 2) bytes:
 
   the residual stream twice and both norms' results (inputs of A) 4 h, queries and attention's result 2 h, keys and values
-  2 k, the feed-forward's four factors 4 f, the inputs of B 7 r, softmax sums n, norms' scales 2; and a float32 copy of the
-  float16 scales of every packed matrix. In 16 bits,
+  2 k, the feed-forward's four factors 4 f, the inputs of B 7 r, softmax sums n, norms' scales 2. Of a packed matrix nothing is
+  kept but what is stored anyway. In 16 bits,
 
       T (24 h + 4 k + 8 f + 14 r + 4 n + 8) bytes
 
