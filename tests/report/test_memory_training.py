@@ -99,6 +99,19 @@ def test_formula_of_a_llama_layer(method, dtype):
     assert stored[1] - stored[0] == 500 * PER_TOKEN[dtype] + factors
 
 
+@pytest.mark.parametrize(("device", "mask"), [("cuda", 1), ("cpu", 4)])
+def test_dropout_keeps_a_mask_and_its_result(device, mask):
+    """Of the input of every A: seven of width h, or f for the last."""
+    config, stored = tiny_config(), []
+    for dropout in (0.0, 0.1):
+        settings = LoftQConfig(rank=RANK, lora_dropout=dropout)
+        stored.append(predict_training(config, settings, TrainingSetup(length=200, device=device)).activations)
+    inputs = LAYERS * 200 * (6 * WIDTH + INNER)
+    first = 200 * 3 * WIDTH  # before the first adapters nothing needs a gradient, and so no mask
+    shared = LAYERS * 200 * (2 * WIDTH + INNER)  # what several A kept together: both norms' results, the feed-forward's
+    assert stored[1] - stored[0] == 4 * inputs + mask * (inputs - first) - 4 * shared
+
+
 def test_formula_of_a_llama_model():
     """Layers and loss; the last norm leaves its input, the first, before which nothing is trained, does not."""
     found = predict_training(tiny_config(), LoftQConfig(rank=RANK), TrainingSetup("lora", length=500)).activations

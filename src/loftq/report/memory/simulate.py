@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ def simulate_step(
     Args:
         model: on the meta device; changed: in training mode afterwards.
         checkpointing: keep only the inputs of the layers and compute the rest again (gradient checkpointing).
-        device: whose way to multiply with packed weights counts, ``cpu`` or ``cuda``.
+        device: whose way to multiply with packed weights and to drop out counts, ``cpu`` or ``cuda``.
         mask: fused attention with a mask, as where sequences are padded; without one, a causal model has none at all.
         autocast: the dtype that the forward pass computes in, by the rules of the CPU; ``None`` for that of the weights.
 
@@ -121,7 +122,7 @@ def simulate_step(
         _without_mask(base)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it prints the traceback of an operation that fails
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _dropout_of(device):
             warnings.simplefilter("ignore")
             if checkpointing:
                 base.config.use_cache = False
@@ -154,6 +155,21 @@ def simulate_step(
         ) from None
     finally:
         fake_log.disabled = was_disabled
+
+
+@contextmanager
+def _dropout_of(device: str) -> Iterator[None]:
+    """On a GPU dropout keeps a mask of a byte an element for its gradient; on the CPU a mask in the dtype of its input."""
+    original = nn.functional.dropout
+
+    def fused(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+    nn.functional.dropout = fused if device == "cuda" else original
+    try:
+        yield
+    finally:
+        nn.functional.dropout = original
 
 
 def _without_mask(model: nn.Module) -> None:
