@@ -29,11 +29,9 @@ def evaluate(
     labels: options.Labels = None,
     metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
+    adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")
-    ] = None,
+    window: options.Window = None,
     stride: Annotated[int | None, typer.Option(help="How far the window advances.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
     max_length: options.MaxLength = None,
@@ -45,7 +43,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a text that a metric needs.", show_default="the run's, or 256")
     ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of such a text.", show_default="the run's, or 1")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
+    limit: options.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="For --lm-eval.", show_default="the task's")] = None,
     include_path: Annotated[Path | None, typer.Option(help="For --lm-eval: folder with tasks of your own.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="File for the predictions, as JSONL.")] = None,
