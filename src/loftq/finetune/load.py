@@ -42,7 +42,7 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
     if dtype is not None:
         settings = settings.replace(dtype=dtype)
     if settings.method == "full":
-        start = Start(str(folder))
+        start, settings = Start(str(folder)), settings.replace(dtype=dtype or "float32")  # as trained and measured
         return _placed(load_base(start, settings, record.labels)), record
     _check_backbone(folder, record)
     start = Start(record.base)
