@@ -57,7 +57,7 @@ def class_name(value: Any, where: str) -> str:
 
 
 def _is_integer(name: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+", name) is not None
+    return re.fullmatch(r"-?[0-9]{1,18}", name) is not None  # more digits are an identifier
 
 
 def classification_examples(

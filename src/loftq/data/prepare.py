@@ -170,7 +170,8 @@ def prepare(
         if not labels:
             rows = list(rows)
             labels = label_names(rows)
-        found = classification_examples(rows, tokenizer, length, labels)
+        known = "--labels" if settings.labels else "the training data"
+        found = classification_examples(rows, tokenizer, length, labels, where_names=known)
         return found.checked(settings.data), list(labels)
     found = _builder(settings, tokenizer, length)(rows).checked(settings.data)
     if settings.packing and settings.task != "causal":

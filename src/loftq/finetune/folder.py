@@ -18,6 +18,7 @@ from loftq.finetune.record import RECORD, TrainingRecord
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.jsonl"
 BEFORE = "before.json"
+LOGS = "logs"
 _STARTED = "started.json"
 
 
@@ -63,6 +64,16 @@ def begin_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
             for name in (RECORD, PREDICTIONS, BEFORE):
                 (run / name).unlink(missing_ok=True)
         (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def forget_run_without_result(run: Path) -> None:
+    """Leave nothing of a run that has ended before its first checkpoint and has no record either."""
+    if (run / RECORD).exists() or any((run / CHECKPOINTS).glob("checkpoint-*")):
+        return
+    for folder in (CHECKPOINTS, LOGS):
+        shutil.rmtree(run / folder, ignore_errors=True)
+    for name in (_STARTED, BEFORE):
+        (run / name).unlink(missing_ok=True)
 
 
 def _read_started(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loftq.config import positive_int
+from loftq.config import one_of, positive_int
 from loftq.data.prepare import DataSettings, prepare
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
@@ -13,6 +13,7 @@ from loftq.evaluate.models import check_exists, load_config, load_tokenizer
 from loftq.evaluate.task import Measurement, check_metrics, measure
 from loftq.finetune.load import is_run, load_for_task, load_run
 from loftq.finetune.record import TrainingRecord
+from loftq.finetune.settings import DTYPES
 from loftq.report.progress import bar
 
 
@@ -45,12 +46,14 @@ def evaluate_task(
     asked = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
     given = {name: positive_int(name, value) for name, value in asked.items() if value is not None}
     usual = {"batch_size": 1, "max_new_tokens": 256, "num_beams": 1}
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
     if is_run(model):
         record = TrainingRecord.load(model)
         settings = _settings_of(record, changes)
         # before the model is loaded, so that a mistake costs no time
-        chosen = check_metrics(settings.task, metrics or record.train_settings.metric_names)
+        chosen = check_metrics(settings.task, record.train_settings.metric_names if metrics is None else metrics)
         loaded, record = load_run(model, dtype=dtype)
         labels = record.labels
         trained = record.train_settings
@@ -61,7 +64,7 @@ def evaluate_task(
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
         check_exists(model)
         settings = DataSettings(**{"split": "validation", **changes, "packing": None})
-        chosen = check_metrics(settings.task, metrics or task(settings.task).metrics)
+        chosen = check_metrics(settings.task, task(settings.task).metrics if metrics is None else metrics)
         labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
         loaded = load_for_task(model, settings.task, labels, dtype or "auto")
     tokenizer = load_tokenizer(model)

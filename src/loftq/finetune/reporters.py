@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loftq.errors import ConfigError, first_line
+from loftq.finetune.folder import LOGS
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
 
@@ -37,7 +38,7 @@ def reporter(name: str, run: Path, notice: Callable[[str], None]) -> TrainerCall
             from torch.utils.tensorboard import SummaryWriter
 
             # the Trainer's own place goes with its checkpoints
-            return Reporter(name, TensorBoardCallback(SummaryWriter(str(run / "logs"))), notice)
+            return Reporter(name, TensorBoardCallback(SummaryWriter(str(run / LOGS))), notice)
         return Reporter(name, {"trackio": TrackioCallback, "wandb": WandbCallback}[name](), notice)
     except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise ConfigError(f"report_to is {name}, which does not start ({first_line(error)}); choose none") from None

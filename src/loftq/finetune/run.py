@@ -23,7 +23,15 @@ from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune.adapter import trainable_counts
 from loftq.finetune.checkpoints import resume_point, step_of
-from loftq.finetune.folder import BEFORE, CHECKPOINTS, PREDICTIONS, begin_run, finished_run, writing
+from loftq.finetune.folder import (
+    BEFORE,
+    CHECKPOINTS,
+    PREDICTIONS,
+    begin_run,
+    finished_run,
+    forget_run_without_result,
+    writing,
+)
 from loftq.finetune.model import Start, build, find_start
 from loftq.finetune.packing import check_isolated
 from loftq.finetune.record import RECORD, TrainingRecord
@@ -71,11 +79,12 @@ def train(
         OutputError: a folder that holds something else.
     """
     run = Path(out).expanduser()
-    if init_from is None and is_quantized(run):
-        init_from, run = run, run / IN_FOLDER
+    with disk_errors(run):  # its name alone may be too long
+        if init_from is None and is_quantized(run):
+            init_from, run = run, run / IN_FOLDER
     start = find_start(settings.method, init_from, model)
-    is_new = not run.exists()
     with disk_errors(run):
+        is_new = not run.exists()
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("ab")
     with lock:
@@ -92,6 +101,7 @@ def train(
             )
         except LoftQError:
             # a mistake in the data or the settings is no run: the corrected command may have this folder
+            forget_run_without_result(run)
             if is_new and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run)
             raise
