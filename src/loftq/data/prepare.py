@@ -11,7 +11,7 @@ from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
 from loftq.data.examples import Examples
-from loftq.data.labels import classification_examples, label_names, regression_examples
+from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
 from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_template, completion_examples, pack
 from loftq.data.questions import question_examples
 from loftq.data.roles import Roles
@@ -140,6 +140,17 @@ def rows_of(settings: DataSettings) -> Iterable[Row]:
     first = next(rows)
     roles = Roles.find(task(settings.task), first, settings.map)
     return roles.apply(itertools.chain([first], rows))
+
+
+def check_rows(settings: DataSettings) -> None:
+    """Read all rows of a data set as :func:`prepare` would, but without a model.
+
+    Raises:
+        SourceError, ConfigError: a row, or a setting, that does not fit.
+    """
+    rows = rows_of(settings)
+    for _ in class_numbers(rows, settings.labels, "the classes asked for") if settings.labels else rows:
+        pass
 
 
 def prepare(
