@@ -7,7 +7,8 @@ python benchmarks/training_memory.py --check                   # only compares d
 Each method trains three steps in a process of its own, on the CPU. Measured is the peak of resident memory less what the
 process had before the model was loaded, after a short step has loaded the libraries and compiled the loops. The C library
 keeps freed memory for later; `returning` is with MALLOC_MMAP_THRESHOLD_=65536, with which glibc gives blocks of 64 KiB and
-more back, `default` is without.
+more back, `default` is without. The same once more in the same process is without what libraries compile for the shapes of the
+first time and keep.
 """
 
 from __future__ import annotations
@@ -64,35 +65,39 @@ def rows(
         predicted = predict_training(config, SETTINGS, setup, plans)
         task = {"source": str(source), "folder": str(folder), "method": method, "checkpointing": checkpointing}
         task |= {"batch_size": batch_size, "length": length, "dtype": dtype}
-        measured = {name: _in_process(task, ALLOCATORS[name]) for name in allocators}
-        found.append({**task, "predicted": predicted.to_dict(), "measured": measured})
+        grown = {name: _in_process(task, ALLOCATORS[name]) for name in allocators}
+        measured, again = ({name: pair[i] for name, pair in grown.items()} for i in (0, 1))
+        found.append({**task, "predicted": predicted.to_dict(), "measured": measured, "again": again})
     return found
 
 
-def _in_process(task: dict[str, Any], environment: dict[str, str]) -> int:
+def _in_process(task: dict[str, Any], environment: dict[str, str]) -> list[int]:
     command = [sys.executable, str(Path(__file__).resolve()), "--task", json.dumps(task)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"training failed for {task}:\n{done.stderr}")
-    return int(done.stdout.splitlines()[-1])
+    return [int(n) for n in done.stdout.splitlines()[-1].split()]
 
 
-def measure(task: dict[str, Any]) -> int:
-    """Bytes that this process grows by while it loads a model and trains it."""
-    train(load(task), 1, 8, 1)
-    gc.collect()
-    before = psutil.Process().memory_info().rss
-    memory = PeakMemory().start()
-    train(load(task), task["batch_size"], task["length"], STEPS)
-    return memory.peak() - before
+def measure(task: dict[str, Any]) -> list[int]:
+    """Bytes that this process grows by while it loads a model and trains it, the first time and once more."""
+    train(load(task), task, 1, 8, 1)
+    grown = []
+    for _ in range(2):
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        memory = PeakMemory().start()
+        train(load(task), task, task["batch_size"], task["length"], STEPS)
+        grown.append(memory.peak() - before)
+    return grown
 
 
 def load(task: dict[str, Any]) -> torch.nn.Module:
-    """The model of a task, ready to train."""
+    """The model of a task, ready to train as `loftq train` does: what is trained is in float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, task["dtype"])
+    dtype = torch.float32 if task["method"] == "full" else getattr(torch, task["dtype"])
     if task["method"] == "loftq":
         model = loftq.load(task["folder"], trainable=True, dtype=dtype)
     else:
@@ -106,26 +111,44 @@ def load(task: dict[str, Any]) -> torch.nn.Module:
     return model.train()
 
 
-def train(model: torch.nn.Module, batch_size: int, length: int, steps: int) -> None:
+def train(model: torch.nn.Module, task: dict[str, Any], batch_size: int, length: int, steps: int) -> None:
     """AdamW on random tokens."""
+    dtype = getattr(torch, task["dtype"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for _ in range(steps):
         ids = torch.randint(3, 500, (batch_size, length))
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
         optimizer.step()
         optimizer.zero_grad()
 
 
 def markdown() -> str:
     """All results there are, as the table of the page."""
-    lines = ["| model, batch | method | predicted | measured | with glibc's default |", "|---|---|---:|---:|---:|"]
+    columns = (
+        "model, batch",
+        "method",
+        "predicted",
+        "measured",
+        "predicted / measured",
+        "once more",
+        "with glibc's default",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---:|---:|---:|"]
     for path in sorted(RESULTS.glob("training_memory_*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             method = row["method"] + (", checkpointing" if row["checkpointing"] else "")
             peak, measured = row["predicted"]["peak"], row["measured"]
-            shown = [f"{measured[n] / 1e6:.1f} MB" if n in measured else "" for n in ALLOCATORS]
+            again = row.get("again", {})
+            shown = [
+                f"{values[n] / 1e6:.1f} MB" if n in values else ""
+                for values, n in ((measured, "returning"), (again, "returning"), (measured, "default"))
+            ]
+            shown.insert(1, f"{peak / measured['returning']:.2f}" if "returning" in measured else "")
             what = f"{row['source']}, {row['batch_size']} × {row['length']} tokens, {row['dtype']}"
-            lines.append(f"| {what} | {method} | {peak / 1e6:.1f} MB | {shown[0]} | {shown[1]} |")
+            lines.append(f"| {what} | {method} | {peak / 1e6:.1f} MB | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -140,7 +163,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.task is not None:
-        print(measure(json.loads(args.task)))
+        print(*measure(json.loads(args.task)))
         return 0
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     page, _, after = rest.partition(END)

@@ -151,6 +151,33 @@ def test_relative_links_resolve(page):
             assert anchor in {slug(h) for h in headings}, f"{page.name} links to {target}, which is no heading"
 
 
+def messages() -> list[str]:
+    """Every text of the sources, with … for what is filled in."""
+    found = []
+    for file in (ROOT / "src" / "loftq").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_of_the_training_section_are_real():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = page.partition("## Training\n")[2].partition("\n## ")[0]
+    quoted = [m for line in section.splitlines() if line.startswith("### ") for m in re.findall(r"`([^`]+)`", line)]
+    assert len(quoted) > 30
+    known = messages()
+    for message in quoted:
+        # what a message fills in is … there and here, or an example of it
+        pieces = [re.escape(p) for p in re.split(r"…|loftq|line 3|, not \d", message) if len(p.strip(" .,;()")) > 3]
+        assert pieces, message
+        pattern = re.compile(".*".join(pieces), re.DOTALL)
+        assert any(pattern.search(text) for text in known), f"no message reads: {message}"
+
+
 def slug(heading: str) -> str:
     """A heading's anchor as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")

@@ -214,3 +214,36 @@ def test_evaluating_a_run_wrongly(mistake, trained):
         "evaluate", folder, "--text", "pydoc", "--data", "a.jsonl"
     )
     assert "a task is measured on a run" in mistake("evaluate", folder, "--no-adapter")
+
+
+def test_a_run_is_evaluated_as_it_was_measured(llama, sums, tmp_path, monkeypatch):
+    """Length of texts, beams, batch and dtype are the run's own, unless the command says otherwise."""
+    import loftq.finetune.measure as module
+
+    where = ["--init-from", llama, "--task", "completion", "--data", sums, "--eval-data", sums, "--eval-limit", 4]
+    own = ["--metrics", "exact_match", "--max-new-tokens", 3, "--num-beams", 2, "--eval-batch-size", 4]
+    invoke("train", tmp_path / "run", *where, *own, "--max-steps", 1, "--dtype", "bfloat16")
+    seen: dict = {}
+    real = module.measure
+
+    def spy(model, *arguments, **options):
+        seen.update(options, dtypes={str(p.dtype) for p in model.parameters()})
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(module, "measure", spy)
+    names = ("max_new_tokens", "num_beams", "batch_size")
+    invoke("evaluate", tmp_path / "run")
+    assert [seen[n] for n in names] == [3, 2, 4]
+    assert "torch.bfloat16" in seen["dtypes"]
+    invoke(
+        "evaluate", tmp_path / "run", "--max-new-tokens", 2, "--num-beams", 1, "--batch-size", 2, "--dtype", "float32"
+    )
+    assert [seen[n] for n in names] == [2, 1, 2]
+    assert seen["dtypes"] == {"torch.float32"}
+
+
+@pytest.mark.parametrize("option", ["max-new-tokens", "num-beams", "batch-size"])
+def test_no_number_of_texts_or_tokens(trained, mistake, option):
+    folder, _ = trained
+    message = f"{option.replace('-', '_')} is 0, expected an integer of at least 1"
+    assert message in mistake("evaluate", folder, f"--{option}", 0)

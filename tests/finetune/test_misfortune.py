@@ -12,8 +12,6 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-import loftq
-from letters import letters
 from loftq.data.prepare import DataSettings
 from loftq.errors import ConfigError, OutputError, SourceError
 from loftq.finetune.adapter import module_names
@@ -25,6 +23,7 @@ from loftq.finetune.record import TrainingRecord
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
 from loftq.report.record import QuantizationReport
+from small import quantized, quantized_roberta
 from tiny import tiny_model
 from words import write_rows
 
@@ -32,14 +31,6 @@ from words import write_rows
 def short(data: str, task: str = "completion", **changes) -> TrainSettings:
     held = DataSettings(task, data)
     return TrainSettings(**{"data": held, "eval_data": held, "epochs": 1, "batch_size": 12, **changes})
-
-
-def quantized(model: tf.PreTrainedModel, folder: Path, tokenizer=None, **options) -> Path:
-    model.save_pretrained(folder / "source")
-    (tokenizer or letters()).save_pretrained(folder / "source")
-    config = loftq.LoftQConfig(**{"bits": 4, "rank": 4, "calibration": None, **options})
-    loftq.quantize_checkpoint(folder / "source", folder / "q", config, progress=False)
-    return folder / "q"
 
 
 @pytest.fixture(scope="module")
@@ -185,17 +176,7 @@ def test_a_part_that_the_head_does_not_use_is_left_out(bert, tmp_path):
 
 def test_a_head_has_no_adapter_though_it_is_named_like_a_quantized_module(tmp_path):
     """RoBERTa's ``classifier.dense`` beside the encoder's ``dense``."""
-    torch.manual_seed(0)
-    config = tf.RobertaConfig(
-        vocab_size=len(letters()),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    folder = quantized(tf.RobertaModel(config), tmp_path)
+    folder = quantized_roberta(tmp_path)
     start = find_start("loftq", folder, None)
     model, heads = build(start, short("x", "classification"), ["a", "b"])
     assert heads == ["classifier"]

@@ -12,7 +12,7 @@ import transformers as tf
 
 import loftq
 from letters import letters
-from loftq.errors import ConfigError, OutputError
+from loftq.errors import ConfigError, OutputError, SourceError
 from loftq.recipes import load_recipe, reproduce
 from loftq.recipes.comparison import Measurement
 from loftq.recipes.local import find_local
@@ -138,6 +138,29 @@ def test_settings_are_checked_before_the_first_step(monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "TrainSettings", SimpleNamespace(from_dict=refuse))
     with pytest.raises(ConfigError, match="max_length is 128"):
         next(reproduce.reproduce(load_recipe(RECIPE), Options(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("sentence,label\n", "validation.csv has no rows"),
+        (
+            "sentence,label\na,1\nb,7\n",
+            "line 3 has the label '7', expected one of the classes asked for: negative, positive",
+        ),
+        ("sentence,label\na,1\n,0\n", "line 3: sentence is empty, expected a text"),
+    ],
+    ids=["no rows", "class", "empty"],
+)
+def test_rows_to_measure_on_are_checked_before_the_first_step(tmp_path, rows, message):
+    """Not after hours of training."""
+    (tmp_path / "train.csv").write_text("sentence,label\na,1\nb,0\n")
+    (tmp_path / "validation.csv").write_text(rows)
+    recipe = load_recipe("glue/sst2-nf2-r16")
+    options = Options(tmp_path / "out", methods=("lora",), local=find_local(recipe, tmp_path))
+    with pytest.raises(SourceError, match=message):
+        next(reproduce.reproduce(recipe, options, run=lambda *step: pytest.fail("a step was run")))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ import loftq
 from loftq import ConfigError, LoftQConfig
 from loftq.hub.quantizer import packed_like
 from loftq.report.memory.simulate import LiveBytes, StepBytes, simulate_step, workspace_bytes
-from loftq.report.memory.training import TrainingSetup, build_model
+from loftq.report.memory.training import TrainingSetup, build_model, task_heads
 from tiny import CLASSES, tiny_model
 
 BATCH, LENGTH = 3, 24
@@ -59,7 +59,9 @@ def test_what_an_operation_takes_besides_counts_while_it_runs():
         del y
 
 
-def real_step(model: nn.Module, ids: torch.Tensor, head: bool, encoder_decoder: bool) -> StepBytes:
+def real_step(
+    model: nn.Module, ids: torch.Tensor, head: bool, encoder_decoder: bool, autocast: torch.dtype | None = None
+) -> StepBytes:
     """The step of ``simulate_step`` with numbers."""
     inputs = {"input_ids": ids}
     if encoder_decoder:
@@ -67,7 +69,8 @@ def real_step(model: nn.Module, ids: torch.Tensor, head: bool, encoder_decoder: 
     if head:
         inputs["labels"] = ids
     with LiveBytes([*model.parameters(), *model.buffers(), ids]) as count:
-        output = model(**inputs)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            output = model(**inputs)
         loss = output.loss if head else output[0].float().sum()
         del output
         stored = count.live
@@ -76,24 +79,36 @@ def real_step(model: nn.Module, ids: torch.Tensor, head: bool, encoder_decoder: 
     return StepBytes(stored, count.peak, count.live)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+STEPS = {"plain": (False, None), "checkpointing": (True, None), "bfloat16": (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(("checkpointing", "autocast"), STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_simulated_step_is_a_real_one(name, checkpointing):
+def test_simulated_step_is_a_real_one(name, checkpointing, autocast):
     """The same operations on tensors with data leave the same bytes alive: to the byte, for every architecture."""
     settings = LoftQConfig(bits=2, rank=4, calibration=None, num_iter=0)
     model = tiny_model(name)
     config = copy.deepcopy(model.config)
     config.architectures = [CLASSES[name]]
     head = model.get_output_embeddings() is not None
+    setup = TrainingSetup(dtype="bfloat16" if autocast else "float32")
     simulated = simulate_step(
-        build_model(config, settings, TrainingSetup()), batch_size=BATCH, length=LENGTH, checkpointing=checkpointing
+        build_model(config, settings, setup),
+        batch_size=BATCH,
+        length=LENGTH,
+        checkpointing=checkpointing,
+        autocast=autocast,
     )
-    trained = loftq.quantize_model(model, settings, progress=False).train()
+    heads = task_heads(model)
+    trained = loftq.quantize_model(model.to(autocast), settings, progress=False).train()
+    for part in heads:
+        trained.get_base_model().get_submodule(part).float().requires_grad_(True)
     if checkpointing:
         trained.gradient_checkpointing_enable()
     ids = torch.randint(3, 90, (BATCH, LENGTH))
-    real = real_step(trained, ids, head, config.is_encoder_decoder)
+    real = real_step(trained, ids, head, config.is_encoder_decoder, autocast)
     assert real == simulated
+    assert bool(heads) == ("Sequence" in CLASSES[name])
 
 
 def test_dense_copies_of_packed_weights():

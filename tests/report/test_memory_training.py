@@ -14,7 +14,7 @@ from loftq import ConfigError, LoftQConfig
 from loftq.checkpoint.source import open_config
 from loftq.report.memory import TrainingSetup, predict_footprint, predict_training
 from loftq.report.memory.measure import folder_config
-from loftq.report.memory.training import folder_plans, predict_methods
+from loftq.report.memory.training import build_model, folder_plans, predict_methods
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +54,34 @@ def test_weights_in_16_bits_and_adapters_in_32():
     footprint = predict_footprint(config, settings, dtype="bfloat16")
     positions = 2 * 8 * 64  # BERT's buffers position_ids and token_type_ids, which no file holds
     assert memory.weights == footprint.total_bytes + positions
-    full = predict_training(config, settings, TrainingSetup("full", length=64, dtype="bfloat16"))
-    assert full.optimizer == 2 * 2 * full.trainable
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_weights_are_trained_in_float32(dtype):
+    """Whatever the dtype of the computation, as in training: see test_misfortune's test of the same name."""
+    full = predict_training(tiny_config("bert"), LoftQConfig(), TrainingSetup("full", length=64, dtype=dtype))
+    assert full.weights == 4 * full.trainable + 2 * 8 * 64  # its buffers of positions
+    assert full.optimizer == 2 * 4 * full.trainable
+
+
+def test_heads_are_trained_in_float32():
+    """A classifier beside the adapters: PEFT keeps the loaded one in 16 bits and trains a copy."""
+    settings, setup = LoftQConfig(bits=2, rank=RANK), TrainingSetup(length=32, dtype="bfloat16")
+    config = tiny_config("deberta-v2")
+    footprint = predict_footprint(config, settings, dtype="bfloat16")
+    found = predict_training(config, settings, setup)
+    head = WIDTH * (WIDTH + 1) + 2 * (WIDTH + 1)  # pooler and classifier
+    assert found.trainable == footprint.adapters.parameters + head
+    positions = 8 * 64  # position_ids, a buffer that no file holds
+    assert found.weights == footprint.total_bytes + 4 * head + positions
+    model = build_model(config, settings, setup)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 # The formulas of the module's docstring: bytes of a token in one layer.
 PER_TOKEN = {
     "float32": 4 * (6 * WIDTH + 2 * KEYS + 4 * INNER + 7 * RANK + HEADS + 2),
-    "bfloat16": 36 * WIDTH + 4 * KEYS + 10 * INNER + 28 * RANK + 4 * HEADS + 8,
+    "bfloat16": 24 * WIDTH + 4 * KEYS + 8 * INNER + 14 * RANK + 4 * HEADS + 8,
 }
 
 
@@ -74,9 +94,22 @@ def test_formula_of_a_llama_layer(method, dtype):
     for layers in (2, 3):
         config.num_hidden_layers = layers
         stored.append(predict_training(config, settings, TrainingSetup(method, 2, 250, dtype)).activations)
-    # float32 copies of float16 scales: one for a row of 64 weights, two for one of 100
-    scales = 4 * (2 * WIDTH + 2 * KEYS + 2 * INNER + 2 * WIDTH) if method == "loftq" else 0
-    assert stored[1] - stored[0] == 500 * PER_TOKEN[dtype] + scales
+    # what autocast makes of A and B
+    factors = RANK * (4 * WIDTH + 2 * (WIDTH + KEYS) + 3 * (WIDTH + INNER)) * 2 if dtype == "bfloat16" else 0
+    assert stored[1] - stored[0] == 500 * PER_TOKEN[dtype] + factors
+
+
+@pytest.mark.parametrize(("device", "mask"), [("cuda", 1), ("cpu", 4)])
+def test_dropout_keeps_a_mask_and_its_result(device, mask):
+    """Of the input of every A: seven of width h, or f for the last."""
+    config, stored = tiny_config(), []
+    for dropout in (0.0, 0.1):
+        settings = LoftQConfig(rank=RANK, lora_dropout=dropout)
+        stored.append(predict_training(config, settings, TrainingSetup(length=200, device=device)).activations)
+    inputs = LAYERS * 200 * (6 * WIDTH + INNER)
+    first = 200 * 3 * WIDTH  # before the first adapters nothing needs a gradient, and so no mask
+    shared = LAYERS * 200 * (2 * WIDTH + INNER)  # what several A kept together: both norms' results, the feed-forward's
+    assert stored[1] - stored[0] == 4 * inputs + mask * (inputs - first) - 4 * shared
 
 
 def test_formula_of_a_llama_model():

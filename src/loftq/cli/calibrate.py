@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    model: options.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write the statistics to.")],
     calibration: Annotated[
         str, typer.Option(help="UTF-8 or JSONL file, hub dataset, pydoc, self, or FILE.safetensors:KEY with token ids.")
@@ -27,11 +27,9 @@ def calibrate(
         bool, typer.Option("--fisher", help="The diagonal Fisher information as well, for lq-lora.")
     ] = False,
     diagonal: Annotated[bool, typer.Option("--diagonal", help="E[x²] only, instead of E[x xᵀ].")] = False,
-    target_modules: Annotated[
-        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
-    ] = None,
+    target_modules: options.TargetModules = None,
     seed: Annotated[int, typer.Option(help="Seed of text that the model writes itself.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: options.Revision = None,
 ) -> None:
     """Collect the statistics of every layer's inputs once, for `loftq quantize --statistics` and `loftq plan`."""
     quiet_transformers()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.follow import follow
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    model: options.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; an earlier run continues.")],
     methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "qlora,loftq",
     bits: Annotated[str, typer.Option(help="Bits per weight, with commas; 2.5 mixes widths by layer.")] = "2,3,4",
@@ -26,19 +26,17 @@ def compare(
         str | None,
         typer.Option(help="Text for the methods and the output error: a file, `pydoc`, FILE.safetensors:KEY."),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of the calibration text.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
+    calibration_samples: options.CalibrationSamples = 128,
+    calibration_length: options.CalibrationLength = 512,
     text: Annotated[str, typer.Option(help="Text to measure on: a file, `pydoc`, FILE.safetensors:KEY.")] = "pydoc",
     max_tokens: Annotated[int, typer.Option(help="Measure on the text's first tokens only.")] = 16384,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")
-    ] = None,
+    window: options.Window = None,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     refine_tokens: Annotated[int, typer.Option(help="Calibration tokens to refine all adapters jointly on.")] = 0,
     plans: Annotated[
         list[str] | None, typer.Option(help="BITS=FILE, the plan of loftq-data and auto at these bits; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    seed: options.Seed = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized folders.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures; needs matplotlib.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,

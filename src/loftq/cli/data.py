@@ -30,7 +30,7 @@ def check(
     doc_stride: options.DocStride = None,
     packing: options.Packing = None,
     prompt_template: options.PromptTemplate = "{prompt}",
-    limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
+    limit: options.Limit = None,
     show: Annotated[int, typer.Option(help="Examples to show token by token.")] = 3,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

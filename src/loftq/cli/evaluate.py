@@ -29,11 +29,9 @@ def evaluate(
     labels: options.Labels = None,
     metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
+    adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")
-    ] = None,
+    window: options.Window = None,
     stride: Annotated[int | None, typer.Option(help="How far the window advances.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
     max_length: options.MaxLength = None,
@@ -41,14 +39,20 @@ def evaluate(
     prompt_template: Annotated[
         str | None, typer.Option(help="What a prompt is put into.", show_default="{prompt}")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text that a metric needs.")] = 256,
-    num_beams: Annotated[int, typer.Option(help="Beams of such a text.")] = 1,
-    limit: Annotated[int | None, typer.Option(help="Use the first rows only.", show_default="all")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a text that a metric needs.", show_default="the run's, or 256")
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams of such a text.", show_default="the run's, or 1")] = None,
+    limit: options.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="For --lm-eval.", show_default="the task's")] = None,
     include_path: Annotated[Path | None, typer.Option(help="For --lm-eval: folder with tasks of your own.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="File for the predictions, as JSONL.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows or examples at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows or examples at once.", show_default="the run's for a task, or 1")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, or auto.", show_default="the run's, or auto")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity ± standard error on a text, the metrics of a task on its data, or lm-evaluation-harness."""
@@ -61,9 +65,8 @@ def evaluate(
     if predictions is not None and (text or lm_eval):
         raise ConfigError("--predictions is for the data of a task; leave it out")
     if lm_eval is not None:
-        _harness(
-            model, adapter, not no_adapter, lm_eval, limit, num_fewshot, batch_size, include_path, dtype, json_output
-        )
+        size = 1 if batch_size is None else batch_size
+        _harness(model, adapter, not no_adapter, lm_eval, limit, num_fewshot, size, include_path, dtype, json_output)
     elif task or data or (is_run(model) and text is None):
         if adapter is not None or no_adapter:
             raise ConfigError("--adapter and --no-adapter are for texts; a task is measured on a run of `loftq train`")
@@ -81,9 +84,8 @@ def evaluate(
         decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
         _task(model, changes, parse.names(metrics), decoding, predictions, dtype, json_output)
     else:
-        _text(
-            model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, batch_size, dtype, json_output
-        )
+        size = 1 if batch_size is None else batch_size
+        _text(model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, size, dtype, json_output)
 
 
 def _task(
@@ -92,15 +94,17 @@ def _task(
     metrics: tuple[str, ...] | None,
     decoding: dict[str, Any],
     predictions: Path | None,
-    dtype: str,
+    dtype: str | None,
     json_output: bool,
 ) -> None:
-    from loftq.evaluate.predictions import write_predictions
+    from loftq.evaluate.predictions import check_writable, write_predictions
     from loftq.finetune.measure import evaluate_task
     from loftq.report.tables import print_json
     from loftq.report.training import print_metrics
 
     given = {name: value for name, value in changes.items() if value is not None}
+    if predictions is not None:
+        check_writable(predictions)
     result, settings, notes = evaluate_task(model, given, metrics, dtype=dtype, **decoding)
     for note in notes:
         typer.echo(f"loftq: {note}", err=True)
@@ -121,7 +125,7 @@ def _harness(
     num_fewshot: int | None,
     batch_size: int,
     include_path: Path | None,
-    dtype: str,
+    dtype: str | None,
     json_output: bool,
 ) -> None:
     from loftq.evaluate.lm_eval import run_tasks
@@ -145,12 +149,12 @@ def _harness(
         print_harness(result)
 
 
-def _loaded(model: str, adapter: Path | None, use_adapter: bool, dtype: str) -> Any:
+def _loaded(model: str, adapter: Path | None, use_adapter: bool, dtype: str | None) -> Any:
     from loftq.evaluate.models import check_causal, load_for_inference
     from loftq.finetune.load import is_run, load_run
 
     if not is_run(model):
-        return load_for_inference(model, adapter=adapter, use_adapter=use_adapter, dtype=dtype)
+        return load_for_inference(model, adapter=adapter, use_adapter=use_adapter, dtype=dtype or "auto")
     if adapter is not None or not use_adapter:
         raise ConfigError(f"{model} is a run of `loftq train` with its own adapter; name its quantized folder instead")
     loaded, _ = load_run(model, dtype=dtype)
@@ -167,7 +171,7 @@ def _text(
     stride: int | None,
     max_tokens: int | None,
     batch_size: int,
-    dtype: str,
+    dtype: str | None,
     json_output: bool,
 ) -> None:
     from loftq.evaluate.models import default_window, encode, load_tokenizer

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from loftq.cli import options
 from loftq.cli.quiet import quiet_transformers
 
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder that `loftq quantize` has written.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create; absent or empty.")],
-    adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
+    adapter: options.Adapter = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
 ) -> None:
     """Merge an adapter into the backbone it belongs to and save a dense checkpoint that loads anywhere."""

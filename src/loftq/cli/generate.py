@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loftq.cli import options
 from loftq.cli.quiet import quiet_transformers
 
 
 def generate(
     model: Annotated[str, typer.Argument(help="Quantized folder, or any causal language model's folder or hub id.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")],
-    adapter: Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")] = None,
+    adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the backbone alone.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.", min=0.0)] = 0.0,

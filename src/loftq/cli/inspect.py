@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -33,24 +33,18 @@ def inspect(
     ] = None,
     bits: Annotated[int | None, typer.Option(help="As for `loftq quantize`.", show_default="4")] = None,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the adapter.", show_default="16")] = None,
-    codebook: Annotated[str | None, typer.Option(help="As for `loftq quantize`.", show_default="lloyd")] = None,
+    codebook: options.Codebook = None,
     block_size: Annotated[int | None, typer.Option(help="Weights that share a scale.", show_default="64")] = None,
-    scale_dtype: Annotated[str | None, typer.Option(help="Dtype of the scales.", show_default="float16")] = None,
-    double_quant: Annotated[bool, typer.Option("--double-quant", help="Store scales in 8 bits.")] = False,
-    published: Annotated[
-        bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
-    ] = False,
-    target_modules: Annotated[
-        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
-    ] = None,
-    exclude_modules: Annotated[list[str] | None, typer.Option(help="As for `loftq quantize`.")] = None,
-    bits_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")] = None,
-    rank_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=RANK, repeatable.")] = None,
-    first_layers_bits: Annotated[str | None, typer.Option(help="LAYERS:BITS, e.g. 16:4.")] = None,
-    quantize_embeddings: Annotated[
-        bool, typer.Option("--quantize-embeddings", help="Quantize the input embedding as well.")
-    ] = False,
-    plan: Annotated[Path | None, typer.Option(help="File of `loftq plan`.")] = None,
+    scale_dtype: options.ScaleDtype = None,
+    double_quant: options.DoubleQuant = False,
+    published: options.Published = False,
+    target_modules: options.TargetModules = None,
+    exclude_modules: options.ExcludeModules = None,
+    bits_pattern: options.BitsPattern = None,
+    rank_pattern: options.RankPattern = None,
+    first_layers_bits: options.FirstLayersBits = None,
+    quantize_embeddings: options.QuantizeEmbeddings = False,
+    plan: options.PlanFile = None,
     adapter_dtype: Annotated[
         str | None, typer.Option(help="Dtype that the adapters are stored in.", show_default="float32")
     ] = None,
@@ -62,11 +56,9 @@ def inspect(
     length: Annotated[
         int | None, typer.Option(help="Tokens of a training sequence.", show_default="512 or the model's limit")
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Train with gradient checkpointing.")
-    ] = False,
+    gradient_checkpointing: options.GradientCheckpointing = False,
     device: Annotated[str | None, typer.Option(help="Train on: cuda or cpu.", show_default="cuda")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: options.Revision = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what a quantized folder holds, or what one would hold: bits, rank, bytes and error, and memory of training."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import parse
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
-from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, SCALE_DTYPES, SCALES, LoftQConfig, one_of
+from loftq.config import BITS, BLOCK_SIZES, METHODS, LoftQConfig, one_of
 from loftq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 RULES = ("optimal", "first-layers")
 
 
-def _listed(values: tuple[object, ...]) -> str:
-    return ", ".join(map(str, values))
-
-
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    model: options.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write, for `loftq quantize --plan`.")],
     target_bpw: Annotated[
         float | None, typer.Option(help="Bits per weight, measured from stored bytes: scales and codebooks included.")
@@ -35,14 +31,16 @@ def plan(
     target_bits: Annotated[
         float | None, typer.Option(help='Average width of the codes alone, the papers\' "2.5 bits".')
     ] = None,
-    bits: Annotated[str, typer.Option(help=f"Widths to choose from: {_listed(BITS)}.")] = _listed(BITS),
-    block_sizes: Annotated[str, typer.Option(help=f"Block sizes to choose from: {_listed(BLOCK_SIZES)}.")] = "64",
+    bits: Annotated[str, typer.Option(help=f"Widths to choose from: {options.choices(BITS)}.")] = options.choices(BITS),
+    block_sizes: Annotated[
+        str, typer.Option(help=f"Block sizes to choose from: {options.choices(BLOCK_SIZES)}.")
+    ] = "64",
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of every adapter.", show_default="16")] = None,
     ranks: Annotated[str | None, typer.Option(help="Ranks to choose from, within --rank-budget.")] = None,
     rank_budget: Annotated[
         str | None, typer.Option(help="Average rank such as 24, or the adapters' bytes in float32 such as 40MB.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=f"{_listed(RULES)} (the paper's).")] = "optimal",
+    rule: Annotated[str, typer.Option(help=f"{options.choices(RULES)} (the paper's).")] = "optimal",
     layer_bits: Annotated[
         str, typer.Option(help="HIGH:LOW, bits of the first layers and of the others, for first-layers.")
     ] = "4:2",
@@ -60,33 +58,28 @@ def plan(
         ),
     ] = None,
     iters: Annotated[int, typer.Option("--iters", "--iter", help="Alternations T of each measurement.")] = 1,
-    method: Annotated[str | None, typer.Option(help=f"{_listed(METHODS)}.", show_default="as `quantize`")] = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{options.choices(METHODS)}.", show_default="as `quantize`")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text, as for `loftq quantize`.", show_default="pydoc for causal language models")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    calibration_gradients: Annotated[
-        int, typer.Option(help="Windows to run a backward pass on: what errors do to the model's loss; 0 for none.")
-    ] = 32,
-    no_calibration: Annotated[bool, typer.Option("--no-calibration", help="The weights' errors count.")] = False,
-    statistics: Annotated[Path | None, typer.Option(help="File of `loftq calibrate`, instead of a text.")] = None,
-    damping: Annotated[
-        float | None,
-        typer.Option(help="From 0, only outputs count, to 1, only weights.", show_default="the method's own"),
-    ] = None,
-    codebook: Annotated[str | None, typer.Option(help=f"{_listed(CODEBOOKS)}.", show_default="lloyd")] = None,
-    scale: Annotated[str | None, typer.Option(help=f"{_listed(SCALES)}.", show_default="search")] = None,
-    scale_dtype: Annotated[str | None, typer.Option(help=f"{_listed(SCALE_DTYPES)}.", show_default="float16")] = None,
-    double_quant: Annotated[bool, typer.Option(help="Store scales in 8 bits.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="The papers' quantizer.")] = False,
-    target_modules: Annotated[
-        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
-    ] = None,
-    exclude_modules: Annotated[list[str] | None, typer.Option(help="Names, or a regular expression.")] = None,
+    calibration_samples: options.CalibrationSamples = 128,
+    calibration_length: options.CalibrationLength = 512,
+    calibration_gradients: options.CalibrationGradients = 32,
+    no_calibration: options.NoCalibration = False,
+    statistics: options.Statistics = None,
+    damping: options.Damping = None,
+    codebook: options.Codebook = None,
+    scale: options.Scale = None,
+    scale_dtype: options.ScaleDtype = None,
+    double_quant: options.DoubleQuant = False,
+    published: options.Published = False,
+    target_modules: options.TargetModules = None,
+    exclude_modules: options.ExcludeModules = None,
     include_embeddings: Annotated[bool, typer.Option("--include-embeddings", help="The input embedding too.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan's totals as JSON.")] = False,
 ) -> None:
     """Choose bits, block size and rank of every module for the smallest error within a budget."""

@@ -7,22 +7,18 @@ from typing import Annotated
 
 import typer
 
-from loftq.cli import parse
-from loftq.config import BITS, BLOCK_SIZES, CODEBOOKS, METHODS, SCALE_DTYPES, SCALES, SVDS, LoftQConfig
+from loftq.cli import options, parse
+from loftq.config import BITS, BLOCK_SIZES, METHODS, SVDS, LoftQConfig
 
 _DEFAULT = LoftQConfig()
 
 
-def _choices(values: tuple[object, ...]) -> str:
-    return ", ".join(map(str, values))
-
-
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    model: options.Source,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder to create; absent, empty, or an earlier run to continue.")
     ],
-    bits: Annotated[int, typer.Option(help=f"Bits per weight: {_choices(BITS)}.")] = _DEFAULT.bits,
+    bits: Annotated[int, typer.Option(help=f"Bits per weight: {options.choices(BITS)}.")] = _DEFAULT.bits,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapter.")] = _DEFAULT.rank,
     iters: Annotated[
         int, typer.Option("--iters", "--iter", help="Alternations T; 0 is plain quantization (QLoRA).")
@@ -32,7 +28,9 @@ def quantize(
     lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{_choices(METHODS)}.", show_default="loftq-data with a calibration text, loftq without"),
+        typer.Option(
+            help=f"{options.choices(METHODS)}.", show_default="loftq-data with a calibration text, loftq without"
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -41,55 +39,32 @@ def quantize(
             show_default="pydoc for causal language models",
         ),
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    calibration_gradients: Annotated[
-        int, typer.Option(help="Windows to run a backward pass on: what errors do to the model's loss; 0 for none.")
-    ] = 32,
-    no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Weight-only: every error of a weight counts alike.")
-    ] = False,
-    statistics: Annotated[
-        Path | None, typer.Option(help="File of `loftq calibrate`: statistics of the inputs, instead of a text.")
-    ] = None,
+    calibration_samples: options.CalibrationSamples = 128,
+    calibration_length: options.CalibrationLength = 512,
+    calibration_gradients: options.CalibrationGradients = 32,
+    no_calibration: options.NoCalibration = False,
+    statistics: options.Statistics = None,
     propagate: Annotated[
         bool, typer.Option("--propagate", help="Calibrate each layer behind the quantized layers before it.")
     ] = False,
-    damping: Annotated[
-        float | None,
-        typer.Option(help="From 0, only outputs count, to 1, only weights count.", show_default="the method's own"),
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="File of `loftq plan`: bits, block size and rank of every module.")
-    ] = None,
-    svd: Annotated[str, typer.Option(help=f"Truncated SVD: {_choices(SVDS)}.")] = _DEFAULT.svd,
-    codebook: Annotated[str | None, typer.Option(help=f"{_choices(CODEBOOKS)}.", show_default="lloyd")] = None,
-    block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {_choices(BLOCK_SIZES)}.")] = 64,
-    scale: Annotated[str | None, typer.Option(help=f"{_choices(SCALES)}.", show_default="search")] = None,
-    scale_dtype: Annotated[str | None, typer.Option(help=f"{_choices(SCALE_DTYPES)}.", show_default="float16")] = None,
-    double_quant: Annotated[bool, typer.Option(help="Store scales in 8 bits.")] = False,
-    published: Annotated[
-        bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")
-    ] = False,
-    target_modules: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="all-linear, names (repeatable or with commas), or a regular expression, as in PEFT.",
-            show_default="all-linear",
-        ),
-    ] = None,
-    exclude_modules: Annotated[
-        list[str] | None, typer.Option(help="Names (repeatable or with commas), or a regular expression.")
-    ] = None,
-    bits_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")] = None,
-    rank_pattern: Annotated[list[str] | None, typer.Option(help="PATTERN=RANK, repeatable.")] = None,
-    first_layers_bits: Annotated[
-        str | None, typer.Option(help="LAYERS:BITS, the paper's mixed precision, e.g. 16:4.")
-    ] = None,
-    quantize_embeddings: Annotated[bool, typer.Option(help="Quantize the input embedding as well.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    damping: options.Damping = None,
+    plan: options.PlanFile = None,
+    svd: Annotated[str, typer.Option(help=f"Truncated SVD: {options.choices(SVDS)}.")] = _DEFAULT.svd,
+    codebook: options.Codebook = None,
+    block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {options.choices(BLOCK_SIZES)}.")] = 64,
+    scale: options.Scale = None,
+    scale_dtype: options.ScaleDtype = None,
+    double_quant: options.DoubleQuant = False,
+    published: options.Published = False,
+    target_modules: options.TargetModules = None,
+    exclude_modules: options.ExcludeModules = None,
+    bits_pattern: options.BitsPattern = None,
+    rank_pattern: options.RankPattern = None,
+    first_layers_bits: options.FirstLayersBits = None,
+    quantize_embeddings: options.QuantizeEmbeddings = False,
+    seed: options.Seed = 0,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: options.Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "50GB",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loftq.cli import options
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
@@ -43,7 +44,7 @@ def reproduce(
         list[str] | None,
         typer.Option(help="SPLIT=FILE of --local, where the file is called otherwise; repeatable."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first examples of every split.")] = None,
+    limit: options.Limit = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe, e.g. training.epochs=1; repeatable.")
     ] = None,

@@ -46,16 +46,14 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, keep few.")
-    ] = False,
+    gradient_checkpointing: options.GradientCheckpointing = False,
     labels: options.Labels = None,
     max_length: options.MaxLength = None,
     max_target_length: options.MaxTargetLength = 128,
     doc_stride: options.DocStride = None,
     packing: options.Packing = None,
     prompt_template: options.PromptTemplate = "{prompt}",
-    limit: Annotated[int | None, typer.Option(help="Train on the first rows only.", show_default="all")] = None,
+    limit: options.Limit = None,
     eval_limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")] = None,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps between measurements and checkpoints.", show_default="an epoch")

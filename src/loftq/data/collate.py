@@ -32,7 +32,7 @@ class Collator:
     Args:
         task: whose labels they are. pad_token_id: what fills ``input_ids``; where the model has none, any id, which the
             attention mask hides.
-        multiple_of: lengths are rounded up to it, which GPUs like.
+        multiple_of: lengths are rounded up to it, which GPUs like. limit: but not beyond the model's positions.
         decoder_start: makes ``decoder_input_ids`` from labels; for encoder-decoders.
     """
 
@@ -42,11 +42,13 @@ class Collator:
         pad_token_id: int | None,
         *,
         multiple_of: int = 1,
+        limit: int | None = None,
         decoder_start: Any = None,
     ) -> None:
         self.task = task
         self.pad = 0 if pad_token_id is None else pad_token_id
         self.multiple_of = multiple_of
+        self.limit = limit
         self.decoder_start = decoder_start
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -76,6 +78,8 @@ class Collator:
     def _padded(self, arrays: Sequence[np.ndarray], value: int) -> Tensor:
         longest = max(len(a) for a in arrays)
         width = -(-longest // self.multiple_of) * self.multiple_of
+        if self.limit is not None:  # no position for more
+            width = max(longest, min(width, self.limit))
         result = torch.full((len(arrays), width), value, dtype=torch.long)
         for row, array in enumerate(arrays):
             result[row, : len(array)] = torch.from_numpy(np.asarray(array, np.int64))

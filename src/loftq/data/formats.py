@@ -186,7 +186,7 @@ def _from_lmflow(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any
             head = [{"role": "system", "content": system}] if system else []
             return {"messages": [*head, *values["messages"]]}
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{where} lacks {error} of LMFlow's type {kind!r}; repair or remove it") from None
+        raise SourceError(f"{where} {_problem(error)} LMFlow's type {kind!r}; repair or remove it") from None
     raise SourceError(f"{where} is of type {kind!r}, expected LMFlow's text_only, text2text or conversation")
 
 
@@ -208,7 +208,12 @@ def _from_squad(path: Path, article: dict[str, Any], where: str) -> Iterator[Fou
                     f"{path}, question {question['id']}",
                 )
     except (KeyError, TypeError) as error:
-        raise SourceError(f"{where} lacks {error} of SQuAD's format; repair or remove it") from None
+        raise SourceError(f"{where} {_problem(error)} SQuAD's format; repair or remove it") from None
+
+
+def _problem(error: Exception) -> str:
+    """A key that is missing, or a value of another kind than it should be."""
+    return f"lacks {error} of" if isinstance(error, KeyError) else "does not follow"
 
 
 _READERS: dict[str, Reader] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from loftq.data.examples import Example, Examples, as_ids
@@ -57,7 +57,7 @@ def class_name(value: Any, where: str) -> str:
 
 
 def _is_integer(name: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+", name) is not None
+    return re.fullmatch(r"-?[0-9]{1,18}", name) is not None  # more digits are an identifier
 
 
 def classification_examples(
@@ -75,10 +75,21 @@ def classification_examples(
     Raises:
         SourceError: a class that is not in ``names``.
     """
+    found = Examples("classification", max_length)
+    for row, number in class_numbers(rows, names, where_names):
+        found.add([_example(row, tokenizer, found, number)])
+    return found
+
+
+def class_numbers(rows: Iterable[Row], names: Sequence[str], where_names: str) -> Iterator[tuple[Row, int]]:
+    """Rows with the index of their class in ``names``.
+
+    Raises:
+        SourceError: a class that is not in ``names``.
+    """
     numbers = {name: i for i, name in enumerate(names)}
     if not any(_is_integer(name) for name in names):  # where 1 is a class, 0 is no other name of it
         numbers |= {str(i): i for i in range(len(names))}
-    found = Examples("classification", max_length)
     for row in rows:
         name = class_name(row.values["label"], row.where)
         if name not in numbers:
@@ -86,8 +97,7 @@ def classification_examples(
                 f"{row.where} has the label {name!r}, expected one of {where_names}: {', '.join(names[:20])}; correct or "
                 f"remove it"
             )
-        found.add([_example(row, tokenizer, found, numbers[name])])
-    return found
+        yield row, numbers[name]
 
 
 def regression_examples(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Examples:

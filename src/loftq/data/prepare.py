@@ -11,7 +11,7 @@ from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
 from loftq.data.examples import Examples
-from loftq.data.labels import classification_examples, label_names, regression_examples
+from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
 from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_template, completion_examples, pack
 from loftq.data.questions import question_examples
 from loftq.data.roles import Roles
@@ -151,6 +151,17 @@ def rows_of(settings: DataSettings) -> Iterable[Row]:
     return roles.apply(itertools.chain([first], rows))
 
 
+def check_rows(settings: DataSettings) -> None:
+    """Read all rows of a data set as :func:`prepare` would, but without a model.
+
+    Raises:
+        SourceError, ConfigError: a row, or a setting, that does not fit.
+    """
+    rows = rows_of(settings)
+    for _ in class_numbers(rows, settings.labels, "the classes asked for") if settings.labels else rows:
+        pass
+
+
 def prepare(
     settings: DataSettings, tokenizer: Any, config: Any | None = None, *, labels: Sequence[str] | None = None
 ) -> tuple[Examples, list[str] | None]:
@@ -181,7 +192,8 @@ def prepare(
         if not labels:
             rows = list(rows)
             labels = label_names(rows)
-        found = classification_examples(rows, tokenizer, length, labels)
+        known = "--labels" if settings.labels else "the training data"
+        found = classification_examples(rows, tokenizer, length, labels, where_names=known)
         return found.checked(settings.data), list(labels)
     found = _builder(settings, tokenizer, length)(rows).checked(settings.data)
     if settings.packing and settings.task != "causal":

@@ -134,7 +134,11 @@ def _answers(value: Any, where: str) -> dict[str, list[Any]]:
         and all(isinstance(t, str) and t.strip() for t in value["text"])
         and all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in value["answer_start"])
     )
-    if not fits or not value["text"]:
+    if fits and not value["text"]:
+        raise SourceError(
+            f"{where} has no answer, expected one inside the context as in SQuAD v1.1; remove questions without an answer"
+        )
+    if not fits:
         raise SourceError(
             f"{where} is {_shown(value)}, expected text and answer_start, two lists of equal length, as in SQuAD v1.1"
         )

@@ -74,6 +74,8 @@ def load_for_inference(
 
 def check_exists(model: str | Path) -> None:
     """A :class:`SourceError` for what is neither a folder here nor could be the name of a model on the hub."""
+    if Path(model).is_file():
+        raise SourceError(f"{model} is a file, expected a model's folder or a hub id")
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)):
         raise SourceError(f"{model} does not exist, expected a model's folder or a hub id")
 

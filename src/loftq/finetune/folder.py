@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from loftq.checkpoint.writer import disk_errors
-from loftq.errors import OutputError
+from loftq.errors import OutputError, first_line
 from loftq.finetune.record import RECORD, TrainingRecord
 
 CHECKPOINTS = "checkpoints"
 PREDICTIONS = "predictions.jsonl"
 BEFORE = "before.json"
+LOGS = "logs"
 _STARTED = "started.json"
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """What keeps a file of a run from being written, as one sentence."""
+    with disk_errors(run):
+        try:
+            yield
+        except SafetensorError as error:  # its own, for a full disk too
+            raise OutputError(
+                f"a file of {run} could not be written or read ({first_line(error)}); free some space and run the same "
+                f"command again, or start over with --no-resume"
+            ) from None
 
 
 def finished_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:
@@ -48,6 +66,16 @@ def begin_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
         (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
 
 
+def forget_run_without_result(run: Path) -> None:
+    """Leave nothing of a run that has ended before its first checkpoint and has no record either."""
+    if (run / RECORD).exists() or any((run / CHECKPOINTS).glob("checkpoint-*")):
+        return
+    for folder in (CHECKPOINTS, LOGS):
+        shutil.rmtree(run / folder, ignore_errors=True)
+    for name in (_STARTED, BEFORE):
+        (run / name).unlink(missing_ok=True)
+
+
 def _read_started(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -76,13 +104,3 @@ def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
     flat = {**known, **known["settings"]}, {**wanted, **wanted["settings"]}
     names = [n for n in flat[1] if n != "settings" and flat[0].get(n) != flat[1][n]]
     return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1][n]!r}" for n in names[:2]) or "of another version"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint: the Trainer writes its state last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])

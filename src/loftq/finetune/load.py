@@ -27,8 +27,10 @@ def is_run(folder: str | Path) -> bool:
     return (Path(folder) / RECORD).is_file()
 
 
-def load_run(folder: str | Path, *, dtype: str = "auto") -> tuple[nn.Module, TrainingRecord]:
+def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module, TrainingRecord]:
     """The model of a run in eval mode: its backbone with the trained adapter and heads, or all of its weights.
+
+    ``dtype=None`` is the run's own.
 
     Raises:
         SourceError: the run or its backbone is missing or damaged. BackboneMismatchError: the backbone was quantized again
@@ -36,9 +38,11 @@ def load_run(folder: str | Path, *, dtype: str = "auto") -> tuple[nn.Module, Tra
     """
     folder = Path(folder)
     record = TrainingRecord.load(folder)
-    settings = record.train_settings.replace(dtype=dtype)
+    settings = record.train_settings
+    if dtype is not None:
+        settings = settings.replace(dtype=dtype)
     if settings.method == "full":
-        start = Start(str(folder))
+        start, settings = Start(str(folder)), settings.replace(dtype=dtype or "float32")  # as trained and measured
         return _placed(load_base(start, settings, record.labels)), record
     _check_backbone(folder, record)
     start = Start(record.base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loftq.config import one_of, positive_int
 from loftq.data.prepare import DataSettings, prepare, tokenizer_for
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
@@ -12,6 +13,7 @@ from loftq.evaluate.models import check_exists, load_config
 from loftq.evaluate.task import Measurement, check_metrics, measure
 from loftq.finetune.load import is_run, load_for_task, load_run
 from loftq.finetune.record import TrainingRecord
+from loftq.finetune.settings import DTYPES
 from loftq.report.progress import bar
 
 
@@ -20,8 +22,8 @@ def evaluate_task(
     changes: Mapping[str, Any],
     metrics: Sequence[str] | None = None,
     *,
-    dtype: str = "auto",
-    batch_size: int = 8,
+    dtype: str | None = None,
+    batch_size: int | None = None,
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     progress: bool = True,
@@ -32,6 +34,7 @@ def evaluate_task(
         model: the run's folder; a quantized folder; or a model's folder or hub id.
         changes: fields of :class:`DataSettings`. A run knows its task and its evaluation data, so none is needed.
         metrics: ``None`` for the run's, or the task's own.
+        dtype: ``None`` for the run's, or ``auto``. batch_size: examples at once; ``None`` for the run's, or 1.
         max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
 
     Returns:
@@ -40,24 +43,30 @@ def evaluate_task(
     Raises:
         SourceError: a model or data that cannot be used. ConfigError: settings that do not fit.
     """
+    asked = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    given = {name: positive_int(name, value) for name, value in asked.items() if value is not None}
+    usual = {"batch_size": 1, "max_new_tokens": 256, "num_beams": 1}
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
     if is_run(model):
         record = TrainingRecord.load(model)
         settings = _settings_of(record, changes)
         # before the model is loaded, so that a mistake costs no time
-        chosen = check_metrics(settings.task, metrics or record.train_settings.metric_names)
+        chosen = check_metrics(settings.task, record.train_settings.metric_names if metrics is None else metrics)
         loaded, record = load_run(model, dtype=dtype)
         labels = record.labels
-        max_new_tokens = max_new_tokens or record.train_settings.max_new_tokens
-        num_beams = num_beams or record.train_settings.num_beams
+        trained = record.train_settings
+        usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
+        usual["batch_size"] = trained.eval_batch_size or trained.batch_size
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
         check_exists(model)
         settings = DataSettings(**{"split": "validation", **changes, "packing": None})
-        chosen = check_metrics(settings.task, metrics or task(settings.task).metrics)
+        chosen = check_metrics(settings.task, task(settings.task).metrics if metrics is None else metrics)
         labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
-        loaded = load_for_task(model, settings.task, labels, dtype)
+        loaded = load_for_task(model, settings.task, labels, dtype or "auto")
     tokenizer = tokenizer_for(model, settings)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
     with bar(len(examples), "measuring", "examples", show=progress) as advance:
@@ -66,11 +75,9 @@ def evaluate_task(
             tokenizer,
             examples,
             chosen,
-            batch_size=batch_size,
             labels=labels,
-            max_new_tokens=256 if max_new_tokens is None else max_new_tokens,
-            num_beams=1 if num_beams is None else num_beams,
             advance=advance,
+            **{**usual, **given},
         )
     return result, settings, examples.notes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,7 +228,7 @@ def _with_adapter(start: Start, settings: TrainSettings, model: PreTrainedModel,
     torch.manual_seed(settings.seed)
     try:
         wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, re.error) as error:
         raise ConfigError(
             f"PEFT cannot add this adapter ({first_line(error)}); change the target modules or DoRA"
         ) from None

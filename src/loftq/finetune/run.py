@@ -10,26 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
 from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id
 from loftq.data.examples import Examples
-from loftq.data.prepare import prepare, tokenizer_for
-from loftq.errors import LoftQError, OutputError, SourceError, first_line
+from loftq.data.prepare import positions, prepare, tokenizer_for
+from loftq.errors import LoftQError, SourceError
 from loftq.evaluate.models import is_quantized, load_config
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune.adapter import trainable_counts
-from loftq.finetune.folder import BEFORE, CHECKPOINTS, PREDICTIONS, begin_run, finished_run, last_checkpoint, step_of
+from loftq.finetune.checkpoints import resume_point, step_of
+from loftq.finetune.folder import (
+    BEFORE,
+    CHECKPOINTS,
+    PREDICTIONS,
+    begin_run,
+    finished_run,
+    forget_run_without_result,
+    writing,
+)
 from loftq.finetune.model import Start, build, find_start
 from loftq.finetune.packing import check_isolated
 from loftq.finetune.record import RECORD, TrainingRecord
+from loftq.finetune.reporters import check_reporter, reporter
 from loftq.finetune.save import save_result
 from loftq.finetune.settings import TrainSettings
-from loftq.finetune.trainer import Divergence, Progress, TaskTrainer, tensorboard, training_arguments
+from loftq.finetune.trainer import Divergence, Progress, TaskTrainer, as_loaded, enough_memory, training_arguments
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
 from loftq.report.progress import bar
@@ -70,11 +79,12 @@ def train(
         OutputError: a folder that holds something else.
     """
     run = Path(out).expanduser()
-    if init_from is None and is_quantized(run):
-        init_from, run = run, run / IN_FOLDER
+    with disk_errors(run):  # its name alone may be too long
+        if init_from is None and is_quantized(run):
+            init_from, run = run, run / IN_FOLDER
     start = find_start(settings.method, init_from, model)
-    is_new = not run.exists()
     with disk_errors(run):
+        is_new = not run.exists()
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("ab")
     with lock:
@@ -91,6 +101,7 @@ def train(
             )
         except LoftQError:
             # a mistake in the data or the settings is no run: the corrected command may have this folder
+            forget_run_without_result(run)
             if is_new and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run)
             raise
@@ -106,6 +117,7 @@ class _Training:
         self.command = command
         self.notice = notice
         self.metrics = check_metrics(settings.data.task, settings.metric_names)
+        check_reporter(settings.report_to)
         self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data)
 
     def run(self, progress: bool, begin: Callable[[], None]) -> TrainingRecord:
@@ -142,20 +154,13 @@ class _Training:
             versions=versions(),
             machine=machine(),
         )
-        with disk_errors(self.folder):
-            try:
-                self._train(model, examples, held, labels, record, progress)
-            except SafetensorError as error:  # its own, for a full disk too
-                raise OutputError(
-                    f"a file of {self.folder} could not be written or read ({first_line(error)}); free some space and run "
-                    f"the same command again, or start over with --no-resume"
-                ) from None
+        self._train(model, examples, held, labels, record, progress)
         record.timing = {
             "seconds": round(time.perf_counter() - started, 3),
             "training_seconds": record.timing.get("training_seconds"),
             "peak_memory_bytes": memory.peak(),
         }
-        with disk_errors(self.folder):
+        with writing(self.folder):
             record.save(self.folder)
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         return record
@@ -179,8 +184,8 @@ class _Training:
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
 
-        if settings.report_to == "tensorboard":
-            callbacks.append(tensorboard(self.folder))
+        if settings.report_to != "none":
+            callbacks.append(reporter(settings.report_to, self.folder, self.notice))
 
         latest: dict[int, Measurement] = {}
 
@@ -198,6 +203,7 @@ class _Training:
                 settings.data.task,
                 padding_id(model, self.tokenizer),
                 multiple_of=8 if torch.cuda.is_available() else 1,
+                limit=positions(model.config),
                 decoder_start=start_decoder if settings.data.task == "summarization" else None,
             ),
             measured if held else None,
@@ -205,14 +211,14 @@ class _Training:
         )
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
-        checkpoint = last_checkpoint(self.folder / CHECKPOINTS)
+        checkpoint = resume_point(self.folder / CHECKPOINTS, self.notice)
         begun = self.folder / BEFORE
         if held is not None:
-            if checkpoint is None or not begun.exists():
+            record.before = _known_before(begun) if checkpoint else None
+            if record.before is None:
                 record.before = self._measure(model, held, labels, progress).known
-                replace_text(begun, json.dumps(record.before))
-            else:
-                record.before = json.loads(begun.read_text(encoding="utf-8"))
+                with writing(self.folder):
+                    replace_text(begun, json.dumps(record.before))
         steps = _total_steps(trainer, settings)
         clock = time.perf_counter()
         with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
@@ -220,7 +226,8 @@ class _Training:
             if done:
                 advance("", done)
             trainer.add_callback(Progress(advance))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with enough_memory():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         record.timing["training_seconds"] = round(time.perf_counter() - clock, 3)
         self._finish(trainer, divergence, held, labels, record, progress, latest)
         begun.unlink(missing_ok=True)
@@ -249,10 +256,11 @@ class _Training:
         if divergence.reason is not None:
             record.status = f"diverged: {divergence.reason}"
             if kept is None:
-                last = last_checkpoint(self.folder / CHECKPOINTS)
+                last = resume_point(self.folder / CHECKPOINTS, self.notice)
                 record.best_step = step_of(last)
                 if last is None:
-                    record.save(self.folder)
+                    with writing(self.folder):
+                        record.save(self.folder)
                     raise SourceError(
                         f"the run diverged before its first checkpoint ({divergence.reason}); lower the learning rate "
                         f"({self.settings.learning_rate:g}), and see {self.folder / RECORD} for the curve"
@@ -268,16 +276,18 @@ class _Training:
             result = latest.get(record.best_step) or self._measure(trainer.model, held, labels, progress)
             record.after = result.known
             if result.predictions:
-                write_predictions(self.folder / PREDICTIONS, result.predictions)
+                with writing(self.folder):
+                    write_predictions(self.folder / PREDICTIONS, result.predictions)
                 record.predictions = PREDICTIONS
-        save_result(trainer.model, self.tokenizer, self.folder, self.start, record)
+        with writing(self.folder):
+            save_result(trainer.model, self.tokenizer, self.folder, self.start, record)
 
     def _measure(
         self, model: nn.Module, held: Examples | None, labels: list[str] | None, progress: bool
     ) -> Measurement:
         assert held is not None
         settings = self.settings
-        with bar(len(held), "measuring", "examples", show=progress) as advance:
+        with as_loaded(model), bar(len(held), "measuring", "examples", show=progress) as advance:
             return measure(
                 model,
                 self.tokenizer,
@@ -289,6 +299,15 @@ class _Training:
                 num_beams=settings.num_beams,
                 advance=advance,
             )
+
+
+def _known_before(path: Path) -> dict[str, float] | None:
+    """What was measured before the first step of a run that is continued, if its file is whole."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
 
 
 def _total_steps(trainer: TaskTrainer, settings: TrainSettings) -> int:

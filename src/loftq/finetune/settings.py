@@ -99,13 +99,16 @@ class TrainSettings:
         if self.lora_dropout is not None and not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ConfigError(f"lora_dropout is {self.lora_dropout!r}, expected a number from 0 to below 1")
         check_alpha(self.lora_alpha)
-        positive_int("seed", self.seed, 0)
+        if positive_int("seed", self.seed, 0) >= 2**32:  # numpy's limit
+            raise ConfigError(f"seed is {self.seed}, expected less than 4294967296 (2^32)")
         is_bool("gradient_checkpointing", self.gradient_checkpointing)
         is_bool("use_dora", self.use_dora)
         if self.use_dora and self.method == "full":
             raise ConfigError("use_dora is on, but the method full has no adapter; choose one")
         if isinstance(self.metrics, list):
             object.__setattr__(self, "metrics", tuple(self.metrics))
+        if self.metrics is not None and not self.metrics:
+            raise ConfigError("metrics names none, expected at least one; leave it out for the task's own")
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if self.eval_data is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from loftq.data.collate import Collator
 from loftq.data.examples import Examples
 from loftq.errors import ConfigError, first_line
-from loftq.finetune.folder import CHECKPOINTS
+from loftq.finetune.folder import CHECKPOINTS, writing
 from loftq.finetune.model import load_dtype
 from loftq.finetune.settings import TrainSettings
 
@@ -44,7 +45,7 @@ def training_arguments(
         when = {"save_strategy": "steps", "save_steps": settings.eval_steps}
         when |= {"eval_strategy": "steps" if best else "no", "eval_steps": settings.eval_steps}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(run / CHECKPOINTS),
             num_train_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
@@ -67,7 +68,7 @@ def training_arguments(
             load_best_model_at_end=best is not None,
             metric_for_best_model=best and f"eval_{best}",
             greater_is_better=larger_is_better if best else None,
-            report_to=[] if settings.report_to in ("none", "tensorboard") else [settings.report_to],
+            report_to=[],  # see loftq.finetune.reporters
             remove_unused_columns=False,
             label_names=["start_positions", "end_positions"] if settings.data.task == "qa" else ["labels"],
             disable_tqdm=True,
@@ -76,20 +77,9 @@ def training_arguments(
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"these settings cannot be used here ({first_line(error)}); change them") from None
-
-
-def tensorboard(run: Path) -> TrainerCallback:
-    """Writes the curve for TensorBoard into ``logs``; the Trainer's own place goes with its checkpoints.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-    except ImportError:
-        raise ConfigError("report_to is tensorboard, which is not installed; pip install tensorboard") from None
-    return TensorBoardCallback(SummaryWriter(str(run / "logs")))
+    if arguments.n_gpu > 1:  # the Trainer would take a batch for each, and steps of other sizes than asked for
+        arguments._n_gpu = 1
+    return arguments
 
 
 _SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -125,6 +115,18 @@ class TaskTrainer(Trainer):
         with disable_input_dtype_casting(model, active=self.args.bf16 or self.args.fp16):
             return super().training_step(model, *args, **kwargs)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(Path(self.args.output_dir).parent):
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.args.output_dir).parent):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with writing(Path(self.args.output_dir).parent):
+            super()._load_best_model()
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         assert self.measure is not None
         started = time.perf_counter()
@@ -137,6 +139,31 @@ class TaskTrainer(Trainer):
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """A :class:`ConfigError` where memory does not suffice, as far as it is torch that finds out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"training ran out of memory ({first_line(error)}); lower --batch-size and raise --gradient-accumulation, use "
+            f"--gradient-checkpointing or a smaller --max-length, and start over with --no-resume"
+        ) from None
+
+
+@contextmanager
+def as_loaded(model: nn.Module) -> Iterator[None]:
+    """The model without the autocast that the Trainer puts around its forward pass, as it is measured before and after."""
+    patched = vars(model).pop("forward", None) if hasattr(model, "_original_forward") else None
+    try:
+        yield
+    finally:
+        if patched is not None:
+            vars(model)["forward"] = patched
 
 
 class Progress(TrainerCallback):
@@ -157,6 +184,9 @@ class Progress(TrainerCallback):
 class Divergence(TrainerCallback):
     """Stops a run whose loss is no number any more, or has run away from the lowest it had.
 
+    In float16 a step whose gradient overflows is left out and the loss is scaled down, as it has to be in the first steps:
+    only many such steps in a row stop the run.
+
     Attributes:
         reason: what happened, once it did. finite_until: last step with a finite loss.
     """
@@ -165,12 +195,15 @@ class Divergence(TrainerCallback):
         self.reason: str | None = None
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.lowest = math.inf
+        self.skipped = 0
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or self.reason is not None:
             return
         loss = float(logs["loss"])
-        if not math.isfinite(loss) or not math.isfinite(float(logs.get("grad_norm") or 0.0)):
+        overflow = not math.isfinite(float(logs.get("grad_norm") or 0.0))
+        self.skipped = self.skipped + 1 if overflow else 0
+        if not math.isfinite(loss) or (overflow and self.skipped > (WINDOW if args.fp16 else 0)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             self.reason = f"the {what} is no finite number at step {state.global_step}"
         else:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout, stored_levels
+from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, packed_codes, storage_layout
 from loftq.config import QuantSpec
-from loftq.modules.ops import double_dequantize
 
 
 class PackedWeight(nn.Module):
@@ -52,20 +51,16 @@ class PackedWeight(nn.Module):
         """The dense matrix, (out, in) for a linear layer."""
         return dequantize_stored(self._packed_tensors(), self.spec, self.matrix_shape[1], dtype)
 
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]:
-        """What the operators of :mod:`loftq.modules.ops` take after their first argument."""
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, int]:
+        """What the operators of :mod:`loftq.modules.ops` take after their first argument: the buffers, not copies."""
         tensors = self._packed_tensors()
-        zero = tensors.get("weight_zero")
-        if self.spec.double_quant:  # through the operator, which torch.compile takes whole
-            parts = (tensors[f"weight_scale{end}"] for end in ("", "_absmax", "_offset"))
-            scale = double_dequantize(*parts)
-        else:
-            scale = tensors["weight_scale"].float()
         return (
             packed_codes(tensors),
-            scale,
-            stored_levels(tensors),
-            None if zero is None else zero.float(),
+            tensors["weight_scale"],
+            tensors["weight_codebook"],
+            tensors.get("weight_zero"),
+            tensors.get("weight_scale_absmax"),
+            tensors.get("weight_scale_offset"),
             self.spec.bits,
             self.spec.block_size,
         )

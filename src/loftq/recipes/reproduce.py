@@ -11,6 +11,7 @@ from typing import Any
 from loftq.checkpoint.source import read_json
 from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.config import LoftQConfig
+from loftq.data.prepare import DataSettings, check_rows
 from loftq.errors import OutputError
 from loftq.finetune.settings import TrainSettings
 from loftq.recipes.comparison import Measurement
@@ -73,6 +74,12 @@ def reproduce(
     for step in steps:  # what training would refuse is said before hours of quantization
         if step.kind == TRAIN:
             TrainSettings.from_dict(step.arguments["settings"])
+    # and what a measurement would refuse, before hours of training
+    given = [step.arguments["data"] for step in steps if step.kind == EVALUATE]
+    given += [step.arguments["settings"]["data"] for step in steps if step.kind == TRAIN]
+    for data in {json.dumps(data): data for data in given}.values():
+        if Path(data["data"]).is_file():
+            check_rows(DataSettings.from_dict({**data, "packing": None}))
     state = _State(options.out, recipe, options)
     for step in steps:
         if step.name in state.done:

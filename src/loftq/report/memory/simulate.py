@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
 from loftq.modules import PackedWeight
+from loftq.modules.ops import float_stored
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
 # left out is otherwise decided by values, which fake tensors do not have.
@@ -47,13 +49,13 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         exclude: tensors that are not counted: parameters, buffers, inputs.
-        beside: operation -> function of its arguments; the tensor it returns counts while the operation runs.
+        beside: operation -> function of its arguments; the tensors it returns count while the operation runs.
 
     Attributes:
         live: bytes alive now. peak: the most so far.
     """
 
-    def __init__(self, exclude: Iterable[Tensor], beside: Mapping[Any, Callable[..., Tensor]] | None = None) -> None:
+    def __init__(self, exclude: Iterable[Tensor], beside: Mapping[Any, Callable[..., Any]] | None = None) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
@@ -94,6 +96,7 @@ def simulate_step(
     checkpointing: bool = False,
     device: str = "cpu",
     mask: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> StepBytes:
     """Bytes of one forward and backward pass of a transformers or PEFT model on the meta device.
 
@@ -103,8 +106,9 @@ def simulate_step(
     Args:
         model: on the meta device; changed: in training mode afterwards.
         checkpointing: keep only the inputs of the layers and compute the rest again (gradient checkpointing).
-        device: whose way to multiply with packed weights counts, ``cpu`` or ``cuda``.
+        device: whose way to multiply with packed weights and to drop out counts, ``cpu`` or ``cuda``.
         mask: fused attention with a mask, as where sequences are padded; without one, a causal model has none at all.
+        autocast: the dtype that the forward pass computes in, by the rules of the CPU; ``None`` for that of the weights.
 
     Raises:
         ConfigError: if the model cannot run on token ids alone, or not with checkpointing.
@@ -118,7 +122,7 @@ def simulate_step(
         _without_mask(base)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it prints the traceback of an operation that fails
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _dropout_of(device):
             warnings.simplefilter("ignore")
             if checkpointing:
                 base.config.use_cache = False
@@ -136,7 +140,8 @@ def simulate_step(
                 inputs["labels"] = ids
             known = [*model.parameters(), *model.buffers(), ids]
             with LiveBytes(known, _dense_weight_on(device)) as count:
-                output = model(**inputs)
+                with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                    output = model(**inputs)
                 loss = output.loss if head else output[0].float().sum()
                 del output
                 stored = count.live
@@ -152,6 +157,21 @@ def simulate_step(
         fake_log.disabled = was_disabled
 
 
+@contextmanager
+def _dropout_of(device: str) -> Iterator[None]:
+    """On a GPU dropout keeps a mask of a byte an element for its gradient; on the CPU a mask in the dtype of its input."""
+    original = nn.functional.dropout
+
+    def fused(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+    nn.functional.dropout = fused if device == "cuda" else original
+    try:
+        yield
+    finally:
+        nn.functional.dropout = original
+
+
 def _without_mask(model: nn.Module) -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -163,16 +183,18 @@ def _without_mask(model: nn.Module) -> None:
             config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
 
 
-def _dense_weight_on(device: str) -> dict[Any, Callable[..., Tensor]]:
-    """The dense copy of a packed weight for the duration of a product with it."""
+def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
+    """What a product with a packed weight takes for its duration: the weight's dense copy, and scales in float32."""
 
-    def product(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+    def product(x: Tensor, packed: Tensor, *stored: Any) -> Any:
         return dense(x, packed, *stored, x.shape[-1])
 
-    def dense(x: Tensor, packed: Tensor, *stored: Any) -> Tensor:
+    def dense(x: Tensor, packed: Tensor, *stored: Any) -> Any:
+        *tensors, bits, block_size, columns = stored
+        floats = float_stored(*tensors)
         if device == "cpu":  # from the workspace, see workspace_bytes, in the dtype of the product
-            return x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * stored[-1])
-        return reference.dequantize(packed, *stored).to(x.dtype)
+            return floats, x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * columns)
+        return floats, reference.dequantize(packed, *floats, bits, block_size, columns).to(x.dtype)
 
     return {torch.ops.loftq.packed_linear.default: product, torch.ops.loftq.packed_linear_grad_input.default: dense}
 

@@ -2,29 +2,32 @@
 
     peak = weights + optimizer + activations + transient + workspace
 
-- weights: parameters and buffers. Packed modules as stored; everything else in the training dtype; A and B in float32, in
-  which PEFT keeps them.
-- optimizer: AdamW's two moments of every trainable parameter, in its dtype.
+- weights: parameters and buffers. Packed modules as stored; what is trained in float32: A and B, heads of tasks (beside the
+  untrained copy that PEFT keeps), and all weights with ``full``; everything else in the training dtype.
+- optimizer: AdamW's two moments of every trainable parameter, in float32.
 - activations: what the forward pass leaves for the backward pass. For a Llama layer in float32, T tokens, width h, keys and
   values of width k, feed-forward f, n heads and adapters of rank r on all seven matrices,
 
       4 T (6 h + 2 k + 4 f + 7 r + n + 2) bytes:
 
   the residual stream twice and both norms' results (inputs of A) 4 h, queries and attention's result 2 h, keys and values
-  2 k, the feed-forward's four factors 4 f, the inputs of B 7 r, softmax sums n, norms' scales 2; and a float32 copy of the
-  float16 scales of every packed matrix. In 16 bits,
+  2 k, the feed-forward's four factors 4 f, the inputs of B 7 r, softmax sums n, norms' scales 2. Of a packed matrix nothing is
+  kept but what is stored anyway. In 16 bits,
 
-      T (36 h + 4 k + 10 f + 28 r + 4 n + 8) bytes:
+      T (24 h + 4 k + 8 f + 14 r + 4 n + 8) bytes
 
-  norms compute in float32, and every A takes a float32 copy of its input. The loss adds 4 T V for a vocabulary of V, which
-  dominates small models. With gradient checkpointing a layer leaves its input alone, 4 T h.
+  under autocast: norms keep their input in float32, 8 h + 8; every A keeps a copy of its input of its own, 12 h + 2 f, since
+  PEFT casts it to float32 and autocast back; and 2 bytes for each element of A and B, which autocast casts. The loss adds
+  4 T V for a vocabulary of V, which dominates small models. With gradient checkpointing a layer leaves its input alone,
+  4 T h.
 - transient: what the peak has beyond that: gradients; logits, their gradient and the softmax's; one layer again with
   checkpointing; a dense copy of one packed matrix; or, if that takes more, all gradients and AdamW's temporaries.
 - workspace: on the CPU the largest packed matrix in float32.
 
 Activations and the peak are counted for any architecture, by :mod:`loftq.report.memory.simulate`; the formulas say what
-they consist of, and a test holds them against the count, to the byte. Not counted: what the process takes before (Python,
-the libraries, the CUDA context), what an operation takes inside itself, and memory that an allocator keeps for later.
+they consist of, and a test holds them against the count, to the byte. Autocast is counted by its rules on the CPU; on a GPU
+LayerNorm and softmax compute in float32 too. Not counted: what the process takes before (Python, the libraries, the CUDA
+context), what an operation takes inside itself, and memory that an allocator keeps for later.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from torch import nn
 from loftq.checkpoint.naming import meta_model
 from loftq.config import LoftQConfig, is_bool, one_of, positive_int
 from loftq.errors import ConfigError, LoftQError, first_line
+from loftq.finetune.adapter import head_names
 from loftq.hub.adapter import lora_config
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.memory.predict import FLOATS, source_dtype
@@ -64,7 +68,7 @@ class TrainingSetup:
     Args:
         method: ``loftq`` (packed backbone, adapters), ``lora`` (dense backbone, adapters), ``full`` (all weights).
         batch_size, length: sequences of a step, and their tokens.
-        dtype: of the weights that are not packed, and of the activations; ``None`` for the config's.
+        dtype: of the weights that are neither packed nor trained, and of the products; ``None`` for the config's.
         checkpointing: gradient checkpointing.
         device: ``cuda`` or ``cpu``: how packed weights are multiplied with, and how AdamW steps.
         attention: ``eager`` keeps all attention scores; ``None`` is transformers' default, fused where the model has it.
@@ -158,6 +162,7 @@ def predict_training(
         length=setup.length,
         checkpointing=setup.checkpointing,
         device=setup.device,
+        autocast=autocast_dtype(config, setup),
     )
     model = _build(config, settings, setup, plans)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -242,9 +247,10 @@ def build_model(
     config = copy.deepcopy(config)
     if setup.attention is not None:
         config._attn_implementation = setup.attention
-    model = meta_model(config).to(source_dtype(config, setup.dtype))
-    if setup.method == "full":
-        return model
+    model = meta_model(config)
+    if setup.method == "full":  # in float32, in which AdamW's small steps are not lost
+        return model.to(torch.float32)
+    model.to(source_dtype(config, setup.dtype))
     plans = plan_modules(model, settings) if plans is None else plans
     if setup.method == "loftq":
         for name, plan in plans.items():
@@ -252,5 +258,28 @@ def build_model(
         present_for_dtype_checks(model)
     lora = lora_config(plans, model, settings)
     lora.inference_mode = False
+    lora.modules_to_save = task_heads(model) or None
     with torch.device("meta"):
-        return get_peft_model(model, lora)
+        wrapped = get_peft_model(model, lora)
+    if autocast_dtype(config, setup) is not None:  # as loftq.finetune.model does
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return wrapped
+
+
+def task_heads(model: Any) -> list[str]:
+    """What a task trains beside the adapters: all outside the base model, unless the model writes or is that base."""
+    is_base = not hasattr(model, model.base_model_prefix)
+    return [] if is_base or model.get_output_embeddings() is not None else head_names(model, set())
+
+
+def autocast_dtype(config: PretrainedConfig, setup: TrainingSetup) -> torch.dtype | None:
+    """The 16 bits that the forward pass computes in while what is trained stays in float32; ``None`` in float32.
+
+    float16 has no autocast on the CPU, see :mod:`loftq.finetune.trainer`.
+    """
+    dtype = source_dtype(config, setup.dtype)
+    if dtype == torch.float32 or (dtype == torch.float16 and setup.device == "cpu"):
+        return None
+    return dtype
