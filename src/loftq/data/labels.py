@@ -60,6 +60,9 @@ def _is_integer(name: str) -> bool:
     return re.fullmatch(r"-?[0-9]+", name) is not None
 
 
+_ANLI = {"e": "entailment", "n": "neutral", "c": "contradiction"}
+
+
 def classification_examples(
     rows: Iterable[Row],
     tokenizer: Any,
@@ -70,7 +73,8 @@ def classification_examples(
 ) -> Examples:
     """Texts cut at ``max_length`` tokens, the longer of a pair first; the label is the index of its class in ``names``.
 
-    A row may say the class by its name or, as data sets of the hub do and where no name is a number, by its number.
+    A row may say the class by its name or, as data sets of the hub do and where no name is a number, by its number; the
+    three classes of inference also by the first letter, as ANLI's own files do.
 
     Raises:
         SourceError: a class that is not in ``names``.
@@ -78,6 +82,8 @@ def classification_examples(
     numbers = {name: i for i, name in enumerate(names)}
     if not any(_is_integer(name) for name in names):  # where 1 is a class, 0 is no other name of it
         numbers |= {str(i): i for i in range(len(names))}
+    if set(names) == set(_ANLI.values()):
+        numbers |= {letter: numbers[name] for letter, name in _ANLI.items()}
     found = Examples("classification", max_length)
     for row in rows:
         name = class_name(row.values["label"], row.where)
