@@ -71,3 +71,23 @@ def quantized_bart(folder: Path) -> Path:
         forced_eos_token_id=2,
     )
     return _quantized(tf.BartForConditionalGeneration(config), letters(), folder)
+
+
+def quantized_encoder_decoder(folder: Path) -> Path:
+    """Two encoders put together, of different widths and positions; as such models come, no config names the tokens with
+    which a text begins and ends."""
+    torch.manual_seed(0)
+    parts = [
+        tf.BertConfig(
+            vocab_size=len(letters()),
+            hidden_size=width,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=positions,
+        )
+        for width, positions in ((64, 128), (48, 40))
+    ]
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder.is_decoder = config.decoder.add_cross_attention = True
+    return _quantized(tf.EncoderDecoderModel(config), letters(pair=True), folder)
