@@ -114,6 +114,14 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantized encoder-decoder put together from two encoders."""
+    from small import quantized_encoder_decoder
+
+    return quantized_encoder_decoder(tmp_path_factory.mktemp("encoder_decoder"))
+
+
+@pytest.fixture(scope="session")
 def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
     """``a+b=`` -> the sum, of one-digit numbers."""
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]

@@ -59,3 +59,16 @@ def quantized_bart(folder: Path, **options) -> Path:
         **_IDS,
     )
     return quantized(tf.BartForConditionalGeneration(config), folder, **options)
+
+
+def quantized_encoder_decoder(folder: Path) -> Path:
+    """Two encoders put together, of different widths and positions; as such models come, no config names the tokens with
+    which a text begins and ends."""
+    torch.manual_seed(0)
+    parts = [
+        tf.BertConfig(**{**_WIDTHS, "hidden_size": width}, num_hidden_layers=1, max_position_embeddings=positions)
+        for width, positions in ((64, 128), (48, 40))
+    ]
+    config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder.is_decoder = config.decoder.add_cross_attention = True
+    return quantized(tf.EncoderDecoderModel(config), folder, letters(pair=True))

@@ -80,3 +80,16 @@ def test_numbers_that_are_names_have_no_second_meaning():
     with pytest.raises(SourceError, match="has the label '0', expected one of the training data: 1, 2"):
         classification_examples(rows(0), letters(), 9, ["1", "2"])
     assert [e.labels for e in classification_examples(rows(0, "no"), letters(), 9, ["yes", "no"])] == [0, 1]
+
+
+def test_the_letters_of_anlis_own_files_are_its_classes():
+    names = ["entailment", "neutral", "contradiction"]
+    found = classification_examples(rows("c", "e", "n", "neutral", "1"), letters(), 20, names)
+    assert [e.labels for e in found] == [2, 0, 1, 1, 1]
+
+
+def test_a_letter_is_no_class_elsewhere():
+    with pytest.raises(
+        SourceError, match="f, line 1 has the label 'a', expected one of the training data: apple, pear"
+    ):
+        classification_examples(rows("a"), letters(), 20, ["apple", "pear"])

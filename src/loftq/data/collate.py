@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from loftq.data.examples import IGNORED, Example
+from loftq.data.summaries import end_token
+from loftq.errors import ConfigError
 
 
 def padding_id(model: Any, tokenizer: Any) -> int:
@@ -24,6 +26,36 @@ def padding_id(model: Any, tokenizer: Any) -> int:
     found = next((i for i in wanted if isinstance(i, int) and 0 <= i < config.vocab_size), 0)
     config.pad_token_id = found
     return found
+
+
+def writing_ids(model: Any, tokenizer: Any) -> None:
+    """The tokens with which an encoder-decoder begins, fills and ends what it writes, where its config leaves them out.
+
+    A model that ``EncoderDecoderModel`` puts together from two others has a config around theirs, and no such tokens in
+    it: the tokenizer's are taken. What the model says itself stays.
+
+    Raises:
+        ConfigError: neither the model nor the tokenizer has a token to begin with.
+    """
+    config, generation = model.config, model.generation_config
+    wanted = (
+        generation.decoder_start_token_id,
+        config.decoder_start_token_id,
+        generation.bos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer.cls_token_id,
+    )
+    start = next((i for i in wanted if i is not None), None)
+    if start is None:
+        raise ConfigError(
+            "the model and its tokenizer name no token that a text of the decoder begins with; set decoder_start_token_id "
+            "in the model's config.json"
+        )
+    config.decoder_start_token_id = generation.decoder_start_token_id = start
+    if config.pad_token_id is None:
+        config.pad_token_id = padding_id(model, tokenizer)
+    if generation.eos_token_id is None:
+        generation.eos_token_id = end_token(tokenizer)[0]
 
 
 class Collator:

@@ -60,6 +60,9 @@ def _is_integer(name: str) -> bool:
     return re.fullmatch(r"-?[0-9]{1,18}", name) is not None  # more digits are an identifier
 
 
+_ANLI = {"e": "entailment", "n": "neutral", "c": "contradiction"}
+
+
 def classification_examples(
     rows: Iterable[Row],
     tokenizer: Any,
@@ -70,7 +73,8 @@ def classification_examples(
 ) -> Examples:
     """Texts cut at ``max_length`` tokens, the longer of a pair first; the label is the index of its class in ``names``.
 
-    A row may say the class by its name or, as data sets of the hub do and where no name is a number, by its number.
+    A row may say the class by its name or, as data sets of the hub do and where no name is a number, by its number; the
+    three classes of inference also by the first letter, as ANLI's own files do.
 
     Raises:
         SourceError: a class that is not in ``names``.
@@ -90,6 +94,8 @@ def class_numbers(rows: Iterable[Row], names: Sequence[str], where_names: str) -
     numbers = {name: i for i, name in enumerate(names)}
     if not any(_is_integer(name) for name in names):  # where 1 is a class, 0 is no other name of it
         numbers |= {str(i): i for i in range(len(names))}
+    if set(names) == set(_ANLI.values()):
+        numbers |= {letter: numbers[name] for letter, name in _ANLI.items()}
     for row in rows:
         name = class_name(row.values["label"], row.where)
         if name not in numbers:

@@ -125,13 +125,19 @@ class DataSettings:
         return wanted
 
 
-def positions(config: Any | None) -> int | None:
-    """How many tokens a model can see, if its config limits them."""
+def positions(config: Any | None, *, writing: bool = False) -> int | None:
+    """How many tokens a model can see, if its config limits them.
+
+    Args:
+        writing: what an encoder-decoder writes, where the limit of its decoder is another than that of its encoder.
+    """
     if config is None:
         return None
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    half = getattr(config, "decoder" if writing else "encoder", None)
+    part: Any = half if hasattr(half, "model_type") else config.get_text_config()
+    limit = getattr(part, "max_position_embeddings", None)
     # RoBERTa's family numbers positions from the padding token's id + 1
-    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    offset = part.pad_token_id + 1 if part.model_type in _OFFSET_POSITIONS else 0
     return limit - offset if isinstance(limit, int) and limit > 0 else None
 
 
@@ -178,7 +184,7 @@ def prepare(
         SourceError: a row that does not fit, by file and line. ConfigError: a setting that does not fit the model.
     """
     length = settings.length(config)
-    limit = positions(config)
+    limit = positions(config, writing=True)
     if settings.task == "summarization" and limit is not None and settings.max_target_length > limit:
         raise ConfigError(
             f"max_target_length is {settings.max_target_length}, but the model has {limit} positions; lower it to at most "

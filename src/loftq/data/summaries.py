@@ -10,22 +10,38 @@ from loftq.data.language import PROMPT, fill
 from loftq.data.rows import Row
 
 
+def end_token(tokenizer: Any) -> tuple[int | None, bool]:
+    """The token that ends what a model writes, and whether the tokenizer adds it by itself.
+
+    Where it adds none: its end-of-text token, or its separator; ``None`` where it has neither.
+    """
+    probe = tokenizer("a", return_special_tokens_mask=True)
+    if probe.input_ids and probe.special_tokens_mask[-1]:
+        return probe.input_ids[-1], True
+    return (tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id), False
+
+
 def summary_examples(
     rows: Iterable[Row], tokenizer: Any, max_length: int, *, max_target_length: int = 128, template: str = PROMPT
 ) -> Examples:
-    """The text, cut at ``max_length`` tokens, and the summary, cut at ``max_target_length``, all of which is predicted.
+    """The text, cut at ``max_length`` tokens, and the summary with its end token, cut at ``max_target_length``, all of
+    which is predicted.
 
-    ``template`` is for models that want a prefix, such as T5's ``summarize: {prompt}``.
+    A summary that is cut ends with the end token too, as it does with the tokenizers that add one: what is learned is to
+    stop there. ``template`` is for models that want a prefix, such as T5's ``summarize: {prompt}``.
     """
     found = Examples("summarization", max_length)
+    end, is_added = end_token(tokenizer)
+    ending = [] if is_added or end is None else [end]
+    room = max_target_length - len(ending)
     for row in rows:
         text, summary = fill(template, row.values["text"]), row.values["summary"]
         ids = tokenizer(text, verbose=False).input_ids
         target = tokenizer(text_target=summary, verbose=False).input_ids
-        if len(ids) > max_length or len(target) > max_target_length:
+        if len(ids) > max_length or len(target) > room:
             found.was_cut(row.where)
             ids = tokenizer(text, truncation=True, max_length=max_length).input_ids
-            target = tokenizer(text_target=summary, truncation=True, max_length=max_target_length).input_ids
+            target = tokenizer(text_target=summary, truncation=True, max_length=room).input_ids
         about = {"prompt": row.values["text"], "reference": summary}
-        found.add([Example(as_ids(ids), as_ids(target), row.where, about=about)])
+        found.add([Example(as_ids(ids), as_ids([*target, *ending]), row.where, about=about)])
     return found

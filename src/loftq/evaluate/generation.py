@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import is_number, positive_int
+from loftq.data.prepare import positions
 from loftq.errors import ConfigError
 from loftq.evaluate.models import eval_mode
 
@@ -239,18 +240,19 @@ def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_t
         if not len(prompt):
             which = "the prompt is" if len(prompts) == 1 else f"prompt {number} is"
             raise ConfigError(f"{which} empty, expected some text to continue")
-    limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
-    if limit is None:
-        return
+    reads, writes = positions(model.config), positions(model.config, writing=True)
     if _is_encoder_decoder(model):
-        needed, advice = max(longest, max_new_tokens), "choose at most that many of each"
+        fits = longest <= (reads or math.inf) and max_new_tokens <= (writes or math.inf)
+        has = f"{reads} positions" if reads == writes else f"{reads} positions to read and {writes} to write"
+        advice = "choose at most that many of each"
     else:
-        needed, advice = longest + max_new_tokens - 1, "shorten the prompt or choose fewer new tokens"
-    if needed > limit:
+        fits, has = longest + max_new_tokens - 1 <= (reads or math.inf), f"{reads} positions"
+        advice = "shorten the prompt or choose fewer new tokens"
+    if not fits:
         raise ConfigError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but the model has {limit} "
-            f"positions; {advice}"
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but the model has {has}; "
+            f"{advice}"
         )
 
 

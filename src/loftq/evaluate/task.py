@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import one_of
-from loftq.data.collate import Collator, padding_id
+from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import IGNORED, Example, Examples
 from loftq.data.tasks import task
 from loftq.errors import ConfigError
@@ -97,6 +97,8 @@ def measure(
         ConfigError: a metric that the task does not know.
     """
     metrics = check_metrics(examples.task, metrics)
+    if examples.task == "summarization":
+        writing_ids(model, tokenizer)
     with eval_mode(model):
         collator = Collator(examples.task, padding_id(model, tokenizer))
         run = _Run(

@@ -14,7 +14,7 @@ from torch import nn
 
 from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
 from loftq.data.check import summary
-from loftq.data.collate import Collator, padding_id
+from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import Examples
 from loftq.data.prepare import positions, prepare, tokenizer_for
 from loftq.errors import LoftQError, SourceError
@@ -135,6 +135,8 @@ class _Training:
         for note in notes:
             self.notice(note)
         model, heads = build(self.start, settings, labels)
+        if settings.data.task == "summarization":
+            writing_ids(model, self.tokenizer)
         begin()
         trainable, parameters = trainable_counts(model)
         backbone = recorded_backbone(adapter_config(self.start.folder / INIT_DIR)) if self.start.folder else None
