@@ -17,26 +17,37 @@ from loftq import kernels
 from loftq.codec import scales
 
 _memory = threading.local()
+# Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
+FEW_TOKENS = 4
 
 
-def _workspace(packed: Tensor, in_features: int) -> Tensor | None:
-    """A float32 (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
+def _workspace(packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor | None:
+    """A (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
     if packed.device.type != "cpu":
         return None
-    needed = packed.shape[0] * in_features
+    needed = packed.shape[0] * in_features * dtype.itemsize
     held: Tensor | None = getattr(_memory, "held", None)
     if held is None or held.numel() < needed:
-        held = _memory.held = torch.empty(needed, dtype=torch.float32)
-    return held[:needed].view(packed.shape[0], in_features)
+        held = _memory.held = torch.empty(needed, dtype=torch.uint8)
+    return held[:needed].view(dtype).view(packed.shape[0], in_features)
+
+
+def _few(x: Tensor, features: int) -> bool:
+    exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
+    return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features
 
 
 @torch.library.custom_op("loftq::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Tensor:
-    """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) float32."""
-    out = _workspace(packed, x.shape[-1])
-    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, x.shape[-1], x.dtype, out)
+    """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) as they are stored."""
+    n = x.shape[-1]
+    if _few(x, n):
+        y = kernels.product(x.reshape(-1, n), packed, scale, codebook, zero, bits, block_size)
+        return y.view(*x.shape[:-1], -1)
+    out = _workspace(packed, n, x.dtype)
+    dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, n, x.dtype, out)
     return torch.nn.functional.linear(x, dense)
 
 
@@ -57,7 +68,11 @@ def packed_linear_grad_input(
     in_features: int,
 ) -> Tensor:
     """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
-    out = _workspace(packed, in_features)
+    if _few(grad, packed.shape[0]):
+        flat = grad.reshape(-1, packed.shape[0])
+        product = kernels.grad_product(flat, packed, scale, codebook, zero, bits, block_size, in_features)
+        return product.view(*grad.shape[:-1], in_features)
+    out = _workspace(packed, in_features, grad.dtype)
     dense = kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, grad.dtype, out)
     return grad @ dense
 
