@@ -113,14 +113,18 @@ def load(task: dict[str, Any]) -> torch.nn.Module:
 
 def train(model: torch.nn.Module, task: dict[str, Any], batch_size: int, length: int, steps: int) -> None:
     """AdamW on random tokens."""
+    from peft.helpers import disable_input_dtype_casting
+
     dtype = getattr(torch, task["dtype"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for _ in range(steps):
         ids = torch.randint(3, 500, (batch_size, length))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        del loss
+        half = dtype != torch.float32
+        with disable_input_dtype_casting(model, active=half):  # as loftq.finetune.trainer does
+            with torch.autocast("cpu", dtype, enabled=half):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            del loss
         optimizer.step()
         optimizer.zero_grad()
 

@@ -75,7 +75,10 @@ class Model:
         quantize = ("quantize", self.folder(), *out, *width, "--rank", self.rank)
         if method == "data":
             return [STATISTICS, (*quantize, "--statistics", made / STATISTICS)]
-        return [(*quantize, "--method", method, "--published", *(("--codebook", codebook) if codebook else ()))]
+        published = (
+            ("--codebook", codebook, "--scale", "absmax", "--scale-dtype", "float32") if codebook else ("--published",)
+        )
+        return [(*quantize, "--method", method, *published)]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,27 @@ def test_forward_and_backward_equal_dense(spec, dtype):
     torch.testing.assert_close(packed.bias.grad, dense.bias.grad)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [(1,), (3, 1), ()], ids=str)
+def test_few_tokens_have_one_rounding(spec, dtype, tokens):
+    """Sums are float32 and the matrix is not rounded, so that only the result is."""
+    packed, _ = pair(spec)
+    packed.bias = None
+    weight = packed.dequantize().double()
+    x = torch.randn(*tokens, 200, dtype=dtype, requires_grad=True)
+    y = packed(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
+    for found, factor, matrix in ((y, x.detach(), weight.T), (x.grad, grad, weight)):
+        exact = factor.double() @ matrix
+        terms = factor.double().abs() @ matrix.abs()
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        assert bool(((found.double() - exact).abs() <= half_ulp * exact.abs() + 2e-6 * terms).all())
+
+
 def test_weight_is_the_packed_buffer():
     packed, _ = pair(QuantSpec(2))
     assert isinstance(packed, nn.Linear)
@@ -164,7 +185,7 @@ def test_the_backward_pass_keeps_buffers_and_no_copies(spec):
         saved.append(tensor)
         return tensor
 
-    x = torch.randn(4, 200, requires_grad=True)
+    x = torch.randn(7, 200, requires_grad=True)  # more tokens than are multiplied without the matrix
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = packed(x)
     own = {buffer.untyped_storage().data_ptr() for buffer in packed.buffers()}

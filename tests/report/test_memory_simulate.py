@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 import loftq
@@ -68,7 +69,8 @@ def real_step(
         inputs["decoder_input_ids"] = ids
     if head:
         inputs["labels"] = ids
-    with LiveBytes([*model.parameters(), *model.buffers(), ids]) as count:
+    casts = disable_input_dtype_casting(model, active=autocast is not None)
+    with casts, LiveBytes([*model.parameters(), *model.buffers(), ids]) as count:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             output = model(**inputs)
         loss = output.loss if head else output[0].float().sum()

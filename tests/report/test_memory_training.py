@@ -81,7 +81,7 @@ def test_heads_are_trained_in_float32():
 # The formulas of the module's docstring: bytes of a token in one layer.
 PER_TOKEN = {
     "float32": 4 * (6 * WIDTH + 2 * KEYS + 4 * INNER + 7 * RANK + HEADS + 2),
-    "bfloat16": 24 * WIDTH + 4 * KEYS + 8 * INNER + 14 * RANK + 4 * HEADS + 8,
+    "bfloat16": 16 * WIDTH + 4 * KEYS + 8 * INNER + 14 * RANK + 4 * HEADS + 8,
 }
 
 

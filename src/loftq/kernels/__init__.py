@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_unpack, reference
+from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_unpack, reference
 from loftq.kernels.reference import packed_row_bytes
 from loftq.kernels.threads import for_rows
 
@@ -20,15 +20,19 @@ __all__ = [
     "descend_coupled",
     "encode",
     "feedback",
+    "grad_product",
     "level_moments",
     "pack",
     "packed_row_bytes",
+    "product",
     "search_affine",
     "search_scale",
     "unpack",
 ]
 
 _NONE = np.empty((0, 0), np.float32)
+_BITS_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_CHUNKS = 8  # of rows, summed apart in grad_product
 _SLAB = 64  # rows summed together in level_moments: fixed, so that the sum does not depend on the thread count
 
 
@@ -63,6 +67,21 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return codes
 
 
+def _tables(codebook: Tensor) -> np.ndarray:
+    """Levels as the unpacking loops take them: (1 or rows, at least 16), repeated where there are fewer."""
+    levels = codebook.float() if codebook.dim() == 2 else codebook.float()[None]
+    return _np(levels.repeat(1, max(1, 16 // levels.shape[1])))
+
+
+def _scales(stored: Tensor | None) -> np.ndarray:
+    """Scales or zeros as the unpacking loops take them: float16 as it is stored, by its bits."""
+    if stored is None:
+        return _NONE
+    if stored.dtype == torch.float16:
+        return stored.contiguous().view(torch.uint16).numpy()
+    return _np(stored.float())
+
+
 def dequantize(
     packed: Tensor,
     scale: Tensor,
@@ -76,17 +95,56 @@ def dequantize(
 ) -> Tensor:
     """value = scale * (codebook[code] + zero * codebook[1]) as a dense (rows, in_features) matrix of ``dtype``.
 
-    ``out``, on the CPU, is float32 memory to write to: a fresh large tensor costs several times the computation, because
-    the system has to provide its pages.
+    ``out``, on the CPU, is memory of that shape and dtype to write to: a fresh large tensor costs several times the
+    computation, because the system has to provide its pages. Scales may be float32, float16 or bfloat16.
     """
     if not _on_cpu(packed):
-        return reference.dequantize(packed, scale, codebook, zero, bits, block_size, in_features).to(dtype)
+        floats = scale.float(), codebook.float(), None if zero is None else zero.float()
+        return reference.dequantize(packed, *floats, bits, block_size, in_features).to(dtype)
     if out is None:
-        out = torch.empty(packed.shape[0], in_features, dtype=torch.float32)
-    loop = cpu_unpack.DEQUANTIZE_ROWS[bits]
-    args = (_np(packed), _np(scale), _rows_of(codebook), _np(zero), block_size, in_features, out.numpy())
-    for_rows(loop, packed.shape[0], out.numel(), *args)
-    return out if dtype == torch.float32 else out.to(dtype)
+        out = torch.empty(packed.shape[0], in_features, dtype=dtype)
+    if dtype not in _BITS_AS:
+        return out.copy_(dequantize(packed, scale, codebook, zero, bits, block_size, in_features))
+    target = out.view(_BITS_AS[dtype]).numpy()
+    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, in_features, target)
+    for_rows(cpu_unpack.DEQUANTIZE_ROWS[bits], packed.shape[0], out.numel(), *args)
+    return out
+
+
+def product(
+    x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
+) -> Tensor:
+    """x (tokens, in) Wᵀ -> (tokens, rows) in x's dtype without writing W, on the CPU; sums are float32. For few tokens."""
+    inputs = x.float()
+    blocks = scale.shape[1]
+    sums = _NONE
+    if zero is not None:
+        padded = torch.nn.functional.pad(inputs, (0, blocks * block_size - inputs.shape[1]))
+        sums = _np(padded.view(-1, blocks, block_size).sum(-1))
+    out = torch.empty(x.shape[0], packed.shape[0])
+    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, _np(inputs), sums, out.numpy())
+    for_rows(cpu_product.PRODUCT_ROWS[bits], packed.shape[0], packed.shape[0] * inputs.numel(), *args)
+    return out.to(x.dtype)
+
+
+def grad_product(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """grad (tokens, rows) W -> (tokens, in) in grad's dtype without writing W, on the CPU; sums are float32. For few tokens.
+
+    Rows are summed in a fixed number of chunks, so that the result does not depend on the number of threads.
+    """
+    out = torch.empty(_CHUNKS, grad.shape[0], in_features)
+    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, _np(grad.float()), out.numpy())
+    for_rows(cpu_product.GRAD_ROWS[bits], _CHUNKS, grad.numel() * in_features, *args)
+    return out.sum(0).to(grad.dtype)
 
 
 def encode(

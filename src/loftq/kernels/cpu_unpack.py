@@ -1,17 +1,40 @@
 """Compiled CPU loops from packed codes to values: one pass that reads the packed bytes and writes the dense rows.
 
 Layout (see ``codec.packing``): codes of a row form a little-endian bit stream that starts at a byte boundary. A block
-holds a multiple of eight codes, so every block starts at a byte boundary as well, for any width of 2, 3, 4 or 8 bits.
+holds a multiple of 32 codes, so every block and every group of sixteen starts at a byte boundary as well. Sixteen values are
+made at a time; what is left of a row, one by one.
+
+``tables`` (rows or 1, at least 16) float32 are the levels, repeated to sixteen; ``scale`` and ``zero`` (rows, blocks) are
+float32, or uint16 with float16's bits; ``out`` (rows, in) is float32, uint16 with bfloat16's bits, or int16 with
+float16's.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+from loftq.kernels.simd import (
+    add16,
+    codes_2bit,
+    codes_3bit,
+    codes_4bit,
+    codes_8bit,
+    gather16,
+    load16,
+    lookup16,
+    multiply16,
+    scale_at,
+    spread16,
+    store16,
+)
+
+OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @numba.njit(inline="always")
-def _code_at(row, bits, i):
+def code_at(row, bits, i):
     """The ``i``-th code of a packed row, for the ragged end where whole groups do not fit."""
     bit = i * bits
     byte = bit >> 3
@@ -21,107 +44,55 @@ def _code_at(row, bits, i):
     return (word >> np.uint32(bit & 7)) & np.uint32((1 << bits) - 1)
 
 
-@numba.njit(**_OPTIONS)
-def dequantize_rows_2bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
-    table = np.empty(4, np.float32)
-    has_zero = zero.shape[0] > 0
-    for r in range(first, last):
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        row = packed[r]
-        dst = out[r]
-        for b in range(scale.shape[1]):
-            s = scale[r, b]
-            z = zero[r, b] * codebook[1] if has_zero else np.float32(0)
-            for k in range(4):
-                table[k] = (codebook[k] + z) * s
-            start = b * block_size
-            stop = min(start + block_size, in_features)
-            whole = start + ((stop - start) // 4) * 4
-            at = start >> 2
-            t0, t1, t2, t3 = table[0], table[1], table[2], table[3]
-            for i in range(at, at + ((whole - start) >> 2)):
-                byte = row[i]
-                for j in range(4):
-                    code = (byte >> (2 * j)) & 3
-                    low = t1 if code & 1 else t0
-                    high = t3 if code & 1 else t2
-                    dst[4 * i + j] = high if code & 2 else low
-            for i in range(whole, stop):
-                dst[i] = table[_code_at(row, 2, i)]
+def _levels_by_permutation(codes: Callable[..., Any]) -> Callable[..., Any]:
+    @numba.njit(inline="always")
+    def levels(table, row, i):
+        return lookup16(load16(table, 0), codes(row, i))
+
+    return levels
 
 
-@numba.njit(**_OPTIONS)
-def dequantize_rows_3bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
-    table = np.empty(8, np.float32)
-    has_zero = zero.shape[0] > 0
-    for r in range(first, last):
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        row = packed[r]
-        dst = out[r]
-        for b in range(scale.shape[1]):
-            s = scale[r, b]
-            z = zero[r, b] * codebook[1] if has_zero else np.float32(0)
-            for k in range(8):
-                table[k] = (codebook[k] + z) * s
-            start = b * block_size
-            stop = min(start + block_size, in_features)
-            groups = (stop - start) // 8
-            at = (start // 8) * 3
-            for g in range(groups):
-                p = at + 3 * g
-                word = (
-                    np.uint32(row[p])
-                    | (np.uint32(row[p + 1]) << np.uint32(8))
-                    | (np.uint32(row[p + 2]) << np.uint32(16))
-                )
-                i = start + 8 * g
-                for j in range(8):
-                    dst[i + j] = table[(word >> np.uint32(3 * j)) & np.uint32(7)]
-            for i in range(start + 8 * groups, stop):
-                dst[i] = table[_code_at(row, 3, i)]
+@numba.njit(inline="always")
+def _levels_8bit(table, row, i):
+    return gather16(table, codes_8bit(row, i))
 
 
-@numba.njit(**_OPTIONS)
-def dequantize_rows_4bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
-    table = np.empty(16, np.float32)
-    has_zero = zero.shape[0] > 0
-    for r in range(first, last):
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        row = packed[r]
-        dst = out[r]
-        for b in range(scale.shape[1]):
-            s = scale[r, b]
-            z = zero[r, b] * codebook[1] if has_zero else np.float32(0)
-            for k in range(16):
-                table[k] = (codebook[k] + z) * s
-            start = b * block_size
-            stop = min(start + block_size, in_features)
-            whole = start + ((stop - start) // 2) * 2
-            for i in range(start >> 1, whole >> 1):
-                byte = row[i]
-                dst[2 * i] = table[byte & 15]
-                dst[2 * i + 1] = table[byte >> 4]
-            if whole < stop:
-                dst[whole] = table[row[whole >> 1] & 15]
-
-
-@numba.njit(**_OPTIONS)
-def dequantize_rows_8bit(first, last, packed, scale, codebooks, zero, block_size, in_features, out):
-    has_zero = zero.shape[0] > 0
-    for r in range(first, last):
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        row = packed[r]
-        dst = out[r]
-        for b in range(scale.shape[1]):
-            s = scale[r, b]
-            z = zero[r, b] * codebook[1] if has_zero else np.float32(0)
-            for i in range(b * block_size, min((b + 1) * block_size, in_features)):
-                dst[i] = (codebook[row[i]] + z) * s
-
-
-DEQUANTIZE_ROWS = {
-    2: dequantize_rows_2bit,
-    3: dequantize_rows_3bit,
-    4: dequantize_rows_4bit,
-    8: dequantize_rows_8bit,
+LEVELS: dict[int, Callable[..., Any]] = {
+    2: _levels_by_permutation(codes_2bit),
+    3: _levels_by_permutation(codes_3bit),
+    4: _levels_by_permutation(codes_4bit),
+    8: _levels_8bit,
 }
+"""bits -> ``levels(table, row, i)``: the levels of codes i to i + 15 of a packed row."""
+
+
+def _loop(bits: int) -> Callable[..., None]:
+    levels = LEVELS[bits]
+
+    @numba.njit(**OPTIONS)
+    def dequantize_rows(first, last, packed, scale, tables, zero, block_size, in_features, out):
+        has_zero = zero.shape[0] > 0
+        lanes = np.empty(16, out.dtype)
+        for r in range(first, last):
+            table = tables[min(r, tables.shape[0] - 1)]
+            row = packed[r]
+            target = out[r]
+            for b in range(scale.shape[1]):
+                s = scale_at(scale, r, b)
+                z = scale_at(zero, r, b) * table[1] if has_zero else np.float32(0)
+                begin = b * block_size
+                end = min(begin + block_size, in_features)
+                whole = begin + (end - begin) // 16 * 16
+                for i in range(begin, whole, 16):
+                    value = levels(table, row, i)
+                    if has_zero:
+                        value = add16(value, spread16(z))
+                    store16(target, i, multiply16(value, spread16(s)))
+                for i in range(whole, end):
+                    store16(lanes, 0, spread16((table[code_at(row, bits, i)] + z) * s))
+                    target[i] = lanes[0]
+
+    return dequantize_rows
+
+
+DEQUANTIZE_ROWS = {bits: _loop(bits) for bits in (2, 3, 4, 8)}

@@ -5,8 +5,8 @@
 W exists for the duration of one call, in memory that the next call of the same thread uses again: as much as the largest
 layer needs, once. There is no gradient for the backbone: it is frozen.
 
-The operators take the tensors as they are stored (:func:`loftq.codec.storage_layout`) and turn scales, zeros and levels into
-float32 inside. What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
+For few tokens on the CPU the packed matrix is multiplied as it is. The operators take the tensors as they are stored
+(:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from loftq import kernels
 from loftq.codec.scales import double_dequantize
 
 _memory = threading.local()
+# Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
+FEW_TOKENS = 4
 
 
-def _workspace(packed: Tensor, in_features: int) -> Tensor | None:
-    """A float32 (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
+def _workspace(packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor | None:
+    """A (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
     if packed.device.type != "cpu":
         return None
-    needed = packed.shape[0] * in_features
+    needed = packed.shape[0] * in_features * dtype.itemsize
     held: Tensor | None = getattr(_memory, "held", None)
     if held is None or held.numel() < needed:
-        held = _memory.held = torch.empty(needed, dtype=torch.float32)
-    return held[:needed].view(packed.shape[0], in_features)
+        held = _memory.held = torch.empty(needed, dtype=torch.uint8)
+    return held[:needed].view(dtype).view(packed.shape[0], in_features)
 
 
-def float_stored(
-    scale: Tensor, codebook: Tensor, zero: Tensor | None, absmax: Tensor | None, offset: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Stored scales, levels and zeros in float32; ``absmax`` and ``offset`` are those of 8-bit scales."""
-    if absmax is not None and offset is not None:
-        scale = double_dequantize(scale, absmax, offset)
-    return scale.float(), codebook.float(), None if zero is None else zero.float()
+def _few(x: Tensor, features: int) -> bool:
+    exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
+    return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features
+
+
+def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Scales as they are stored, or float32 ones from 8-bit ones, whose ``absmax`` and ``offset`` are given."""
+    return scale if absmax is None or offset is None else double_dequantize(scale, absmax, offset)
 
 
 def _dense(
@@ -47,16 +50,13 @@ def _dense(
     scale: Tensor,
     codebook: Tensor,
     zero: Tensor | None,
-    absmax: Tensor | None,
-    offset: Tensor | None,
     bits: int,
     block_size: int,
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    floats = float_stored(scale, codebook, zero, absmax, offset)
-    out = _workspace(packed, in_features)
-    return kernels.dequantize(packed, *floats, bits, block_size, in_features, dtype, out)
+    out = _workspace(packed, in_features, dtype)
+    return kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, dtype, out)
 
 
 @torch.library.custom_op("loftq::packed_linear", mutates_args=())
@@ -72,8 +72,11 @@ def packed_linear(
     block_size: int,
 ) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) as stored."""
-    dense = _dense(packed, scale, codebook, zero, absmax, offset, bits, block_size, x.shape[-1], x.dtype)
-    return torch.nn.functional.linear(x, dense)
+    n = x.shape[-1]
+    operands = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
+    if _few(x, n):
+        return kernels.product(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
+    return torch.nn.functional.linear(x, _dense(*operands, n, x.dtype))
 
 
 @packed_linear.register_fake
@@ -95,7 +98,11 @@ def packed_linear_grad_input(
     in_features: int,
 ) -> Tensor:
     """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
-    return grad @ _dense(packed, scale, codebook, zero, absmax, offset, bits, block_size, in_features, grad.dtype)
+    operands = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
+    if _few(grad, packed.shape[0]):
+        product = kernels.grad_product(grad.reshape(-1, packed.shape[0]), *operands, in_features)
+        return product.view(*grad.shape[:-1], in_features)
+    return grad @ _dense(*operands, in_features, grad.dtype)
 
 
 @packed_linear_grad_input.register_fake
@@ -134,12 +141,10 @@ def packed_rows(
     in_features: int,
 ) -> Tensor:
     """The dense (n, in) float32 rows of the matrix whose indices ``rows`` (n,) lists: an embedding look-up."""
-    if absmax is not None and offset is not None:  # its groups of scales run across rows
-        scale, absmax, offset = double_dequantize(scale, absmax, offset), None, None
+    scale = plain_scales(scale, absmax, offset)[rows]  # groups of 8-bit scales run across rows
     zero = None if zero is None else zero[rows]
     codebook = codebook if codebook.dim() == 1 else codebook[rows]
-    floats = float_stored(scale[rows], codebook, zero, absmax, offset)
-    return kernels.dequantize(packed[rows], *floats, bits, block_size, in_features)
+    return kernels.dequantize(packed[rows], scale, codebook, zero, bits, block_size, in_features)
 
 
 @packed_rows.register_fake

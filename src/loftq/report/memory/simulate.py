@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
 from loftq.modules import PackedWeight
-from loftq.modules.ops import float_stored
+from loftq.modules.ops import plain_scales
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
 # left out is otherwise decided by values, which fake tensors do not have.
@@ -113,6 +113,7 @@ def simulate_step(
     Raises:
         ConfigError: if the model cannot run on token ids alone, or not with checkpointing.
     """
+    from peft.helpers import disable_input_dtype_casting
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch._subclasses.fake_tensor import log as fake_log
 
@@ -139,7 +140,8 @@ def simulate_step(
             if head:
                 inputs["labels"] = ids
             known = [*model.parameters(), *model.buffers(), ids]
-            with LiveBytes(known, _dense_weight_on(device)) as count:
+            casts = disable_input_dtype_casting(model, active=autocast is not None)  # as loftq.finetune.trainer does
+            with casts, LiveBytes(known, _dense_weight_on(device)) as count:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     output = model(**inputs)
                 loss = output.loss if head else output[0].float().sum()
@@ -184,22 +186,28 @@ def _without_mask(model: nn.Module) -> None:
 
 
 def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
-    """What a product with a packed weight takes for its duration: the weight's dense copy, and scales in float32."""
+    """What a product with a packed weight takes for its duration: the weight's dense copy, and scales in float32.
+
+    On the CPU the copy is in the workspace, see :func:`workspace_bytes`, and only 8-bit scales are turned into others.
+    """
 
     def product(x: Tensor, packed: Tensor, *stored: Any) -> Any:
         return dense(x, packed, *stored, x.shape[-1])
 
     def dense(x: Tensor, packed: Tensor, *stored: Any) -> Any:
-        *tensors, bits, block_size, columns = stored
-        floats = float_stored(*tensors)
-        if device == "cpu":  # from the workspace, see workspace_bytes, in the dtype of the product
-            return floats, x.new_empty(0 if x.dtype == torch.float32 else packed.shape[0] * columns)
+        scale, codebook, zero, absmax, offset, bits, block_size, columns = stored
+        found = plain_scales(scale, absmax, offset)
+        if device == "cpu":
+            return x.new_empty(0) if absmax is None else found
+        floats = found.float(), codebook.float(), None if zero is None else zero.float()
         return floats, reference.dequantize(packed, *floats, bits, block_size, columns).to(x.dtype)
 
     return {torch.ops.loftq.packed_linear.default: product, torch.ops.loftq.packed_linear_grad_input.default: dense}
 
 
-def workspace_bytes(model: nn.Module, device: str) -> int:
-    """The float32 memory that packed layers share on the CPU: the size of the largest; see :mod:`loftq.modules.ops`."""
+def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> int:
+    """The memory that packed layers share on the CPU: the size of the largest in ``dtype``, that of the products; see
+    :mod:`loftq.modules.ops`."""
     shapes = [m.matrix_shape for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
-    return 4 * max((rows * columns for rows, columns in shapes), default=0) if device == "cpu" else 0
+    largest = max((rows * columns for rows, columns in shapes), default=0)
+    return dtype.itemsize * largest if device == "cpu" else 0

@@ -14,15 +14,14 @@
   2 k, the feed-forward's four factors 4 f, the inputs of B 7 r, softmax sums n, norms' scales 2. Of a packed matrix nothing is
   kept but what is stored anyway. In 16 bits,
 
-      T (24 h + 4 k + 8 f + 14 r + 4 n + 8) bytes
+      T (16 h + 4 k + 8 f + 14 r + 4 n + 8) bytes
 
-  under autocast: norms keep their input in float32, 8 h + 8; every A keeps a copy of its input of its own, 12 h + 2 f, since
-  PEFT casts it to float32 and autocast back; and 2 bytes for each element of A and B, which autocast casts. The loss adds
-  4 T V for a vocabulary of V, which dominates small models. With gradient checkpointing a layer leaves its input alone,
-  4 T h.
+  under autocast: norms keep their input in float32, 8 h + 8, and their result in 16 bits; and there are 2 bytes for each
+  element of A and B, which autocast casts. The loss adds 4 T V for a vocabulary of V, which dominates small models. With
+  gradient checkpointing a layer leaves its input alone, 4 T h.
 - transient: what the peak has beyond that: gradients; logits, their gradient and the softmax's; one layer again with
   checkpointing; a dense copy of one packed matrix; or, if that takes more, all gradients and AdamW's temporaries.
-- workspace: on the CPU the largest packed matrix in float32.
+- workspace: on the CPU the largest packed matrix, in the dtype of the products.
 
 Activations and the peak are counted for any architecture, by :mod:`loftq.report.memory.simulate`; the formulas say what
 they consist of, and a test holds them against the count, to the byte. Autocast is counted by its rules on the CPU; on a GPU
@@ -168,7 +167,7 @@ def predict_training(
     trainable = [p for p in model.parameters() if p.requires_grad]
     grown = sum(p.nbytes for p in trainable)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    workspace = workspace_bytes(model, setup.device)
+    workspace = workspace_bytes(model, setup.device, source_dtype(config, setup.dtype))
     try:
         step = step_of(model)
     except ConfigError:  # some models compute with their mask whether or not attention needs one

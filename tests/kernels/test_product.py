@@ -1,0 +1,99 @@
+"""Products with a packed matrix that is never written out, against float64 products with the dense one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_reference import SHAPES, levels_for, random_scales, random_weight, shapes, widths, zeros
+
+from loftq import kernels
+from loftq.codec.codebook import thresholds
+from loftq.kernels import reference
+
+tokens = pytest.mark.parametrize("tokens", [1, 3])
+stored = pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+def packed_matrix(rows: int, n: int, block_size: int, bits: int, with_zero: bool, dtype: torch.dtype = torch.float32):
+    """What the operators take, and the float64 matrix it stands for."""
+    levels = levels_for(bits, with_zero)
+    scale, zero = random_scales(rows, n, block_size, with_zero)
+    scale, zero = scale.to(dtype), None if zero is None else zero.to(dtype)
+    exact = scale.float(), None if zero is None else zero.float()
+    codes = kernels.encode(random_weight(rows, n), *exact, levels, thresholds(levels), block_size)
+    packed = kernels.pack(codes, bits)
+    dense = reference.dequantize(packed, exact[0], levels, exact[1], bits, block_size, n)
+    return (packed, scale, levels, zero, bits, block_size), dense.double()
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> bool:
+    """Within the rounding of a float32 sum of these terms."""
+    return bool(((found.double() - exact).abs() <= 1e-6 * terms + 1e-30).all())
+
+
+@stored
+@tokens
+@zeros
+@widths
+@shapes
+def test_product_equals_the_dense_product(rows, n, block_size, bits, with_zero, tokens, stored):
+    operands, dense = packed_matrix(rows, n, block_size, bits, with_zero, stored)
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(4))
+    spread = x.double().abs() @ dense.abs().T
+    if with_zero:  # levels and zeros are summed apart
+        spread = (
+            spread
+            + x.double().abs()
+            @ (operands[1].double().abs() * (levels_size(operands))).repeat_interleave(block_size, 1)[:, :n].T
+        )
+    assert close(kernels.product(x, *operands), x.double() @ dense.T, spread)
+
+
+def levels_size(operands) -> torch.Tensor:
+    """Largest size of a level and of a zero point of each block."""
+    _, _, levels, zero, *_ = operands
+    return levels.abs().max().double() + (zero.double().abs() * levels[1].double())
+
+
+@stored
+@tokens
+@zeros
+@widths
+@shapes
+def test_gradient_equals_the_dense_product(rows, n, block_size, bits, with_zero, tokens, stored):
+    operands, dense = packed_matrix(rows, n, block_size, bits, with_zero, stored)
+    grad = torch.randn(tokens, rows, generator=torch.Generator().manual_seed(5))
+    terms = grad.double().abs() @ dense.abs()
+    if with_zero:
+        size = (operands[1].double().abs() * levels_size(operands)).repeat_interleave(block_size, 1)[:, :n]
+        terms = terms + grad.double().abs() @ size
+    assert close(kernels.grad_product(grad, *operands, n), grad.double() @ dense, terms)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@widths
+def test_the_result_does_not_depend_on_the_number_of_threads(bits, threads):
+    operands, _ = packed_matrix(*SHAPES["threaded"], bits, with_zero=True)
+    x, grad = torch.randn(2, SHAPES["threaded"][1]), torch.randn(2, SHAPES["threaded"][0])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = kernels.product(x, *operands), kernels.grad_product(grad, *operands, SHAPES["threaded"][1])
+        torch.set_num_threads(threads)
+        found = kernels.product(x, *operands), kernels.grad_product(grad, *operands, SHAPES["threaded"][1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, alone, found))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@zeros
+@widths
+@shapes
+def test_half_precision_values_are_the_float32_ones_rounded(rows, n, block_size, bits, with_zero, dtype):
+    operands, dense = packed_matrix(rows, n, block_size, bits, with_zero)
+    found = kernels.dequantize(*operands, n, dtype)
+    assert torch.equal(found, dense.float().to(dtype))
+    into = torch.empty(rows, n, dtype=dtype)
+    assert kernels.dequantize(*operands, n, dtype, out=into) is into
+    assert torch.equal(found, into)

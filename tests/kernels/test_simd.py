@@ -1,0 +1,54 @@
+"""Vectors of sixteen: every way of looking up levels gives what indexing gives."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+
+from loftq.kernels import simd
+
+CODES = {2: simd.codes_2bit, 3: simd.codes_3bit, 4: simd.codes_4bit}
+
+
+def ways() -> list[str]:
+    """Those that this machine can run."""
+    every = ["select", "avx2", "avx512"]
+    return every[: every.index(simd.PERMUTATION) + 1]
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("bits", CODES)
+def test_levels_by_every_way(bits, way):
+    codes, lookup, load16, store16 = CODES[bits], simd.lookup_by(way), simd.load16, simd.store16
+
+    @numba.njit
+    def levels(row, table, out):
+        for i in range(0, out.shape[0], 16):
+            store16(out, i, lookup(load16(table, 0), codes(row, i)))
+
+    generator = np.random.default_rng(0)
+    expected = generator.integers(0, 2**bits, 96)
+    stream = sum(int(code) << (bits * i) for i, code in enumerate(expected))
+    row = np.frombuffer(stream.to_bytes(96 * bits // 8, "little"), np.uint8)
+    table = generator.normal(size=2**bits).astype(np.float32)
+    out = np.empty(96, np.float32)
+    levels(row, np.tile(table, 16 // 2**bits), out)
+    assert np.array_equal(out, table[expected])
+
+
+def test_bfloat16_is_rounded_to_nearest_even():
+    load16, store16 = simd.load16, simd.store16
+
+    @numba.njit
+    def rounded(values, out):
+        store16(out, 0, load16(values, 0))
+
+    halfway = np.float32(1) + np.float32(2.0**-8) * np.arange(16, dtype=np.float32)
+    values = np.where(np.arange(16) % 3 == 1, np.nextafter(halfway, np.float32(2)), halfway).astype(np.float32)
+    out = np.empty(16, np.uint16)
+    rounded(values, out)
+    import torch
+
+    expected = torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+    assert np.array_equal(out, expected)
