@@ -2,7 +2,7 @@
 
 | experiment | model | trained on | measured on | bits | seeds |
 |---|---|---|---|---|---|
-| `rates` | SmolLM2-135M | WikiText-2 valid, 16 steps at three learning rates | end of valid, 8,192 tokens | 2 | 1 |
+| `rates` | SmolLM2-135M | WikiText-2 valid, 16 steps at several learning rates | end of valid, 8,192 tokens | 2, 4 | 1 |
 | `wikitext2` | SmolLM2-135M | WikiText-2 valid, 65,536 tokens | test, first 16,384 tokens | 2, 2.5, 3, 4 | 2; 1 at 2.5 and 3 |
 | `gsm8k` | SmolLM2-135M | GSM8K, 512 problems | loss on 256 answers; accuracy on 128 | 2 | 1 |
 | `sst2`, `cola` | all-MiniLM-L6-v2 | SST-2, 12,000 rows; CoLA, 2 epochs | GLUE's validation split | 2, 4 | 3 |
@@ -10,9 +10,9 @@
 
 QLoRA and LoftQ have the papers' quantizer (absmax scales; T = 5), loftq-data has the defaults. LoRA takes the modules and
 ranks of a quantized folder, and trains an adapter on the original weights. 2.5 bits are the paper's: as many of the first
-layers at 4 bits as keep the average at 2.5, the others at 2. On SmolLM2 the learning rate of a method at 2 and 2.5 bits is
-its own best of `rates`, so that none is judged at a rate that suits another (a refined start has that of loftq-data); at 3
-and 4 bits, where all begin near the original model, every method has LoRA's best.
+layers at 4 bits as keep the average at 2.5, the others at 2. On SmolLM2 every method has the learning rate that is its own
+best of `rates`, at 2 bits (for 2 and 2.5) or at 4 bits (for 3 and 4), so that none is judged at a rate that suits another; a
+refined start has that of loftq-data.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def runs(methods: Sequence[str], seeds: dict[str, int], codebooks: Sequence[str]
     return found
 
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = {"2": (3e-4, 1e-3, 3e-3, 1e-2), "4": (1e-3, 3e-3)}
+"""bits -> learning rates that are tried; LoRA's are those of 2 bits."""
 
 
 def wikitext(folder: Path, train: str, held: str) -> dict[str, Any]:
@@ -205,26 +206,28 @@ def wikitext(folder: Path, train: str, held: str) -> dict[str, Any]:
 
 
 def rates() -> Experiment:
-    found = []
-    for rate in RATES:
-        for run in runs(list(METHODS)[:-1], {"2": 1}):
-            labels = {**run.labels, "learning_rate": rate}
-            found.append(Run(f"{run.name}-{rate:g}", run.method, run.start, run.seed, labels, {"learning-rate": rate}))
+    found = {}
+    for bits, tried in RATES.items():
+        for rate in tried:
+            for run in runs(list(METHODS)[:-1], {bits: 1}):
+                name, labels = f"{run.name}-{rate:g}", {**run.labels, "learning_rate": rate}
+                found[name] = Run(name, run.method, run.start, run.seed, labels, {"learning-rate": rate})
     return Experiment(
         "rates",
         "SmolLM2-135M on WikiText-2, learning rates",
         SMOLLM2,
         "perplexity",
-        found,
+        list(found.values()),
         lambda folder: {**wikitext(folder, "train", "held"), "max-steps": 16, "batch-size": 4, "warmup-ratio": 0.1},
     )
 
 
 def best_rate(method: str, bits: float) -> float:
-    """Of `rates.json`: the method's own at 2 bits for widths below 3, LoRA's for the others."""
-    method = "lora" if bits >= 3 else "loftq-data" if method == "refined" else method
+    """Of `rates.json`: the method's own, at 2 bits for widths below 3 and at 4 bits for the others."""
+    method = "loftq-data" if method == "refined" else method
+    known = 16 if method == "lora" else 2 if bits < 3 else 4
     rows = json.loads((HERE / "rates.json").read_text(encoding="utf-8"))["rows"]
-    mine = [row for row in rows if row["method"] == method and row["status"] == "finished"]
+    mine = [row for row in rows if (row["method"], row["bits"]) == (method, known) and row["status"] == "finished"]
     return min(mine, key=lambda row: row["after"]["perplexity"])["learning_rate"]
 
 
