@@ -177,7 +177,7 @@ def runs(methods: Sequence[str], seeds: dict[str, int], codebooks: Sequence[str]
     return found
 
 
-RATES = {"2": (3e-4, 1e-3, 3e-3, 1e-2), "4": (1e-3, 3e-3)}
+RATES = {"2": (3e-4, 1e-3, 3e-3, 1e-2), "4": (3e-4, 1e-3, 3e-3)}
 """bits -> learning rates that are tried; LoRA's are those of 2 bits."""
 
 
