@@ -50,6 +50,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 def curves(name: str, record: dict[str, Any]) -> Path:
     """Training loss against the step, a panel for each width; the band spans the seeds."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     bits = widths(record["rows"])
     figure, panels = plt.subplots(1, len(bits), figsize=(3.4 * len(bits) + 0.6, 3.6), sharey=False, squeeze=False)
@@ -68,6 +69,9 @@ def curves(name: str, record: dict[str, Any]) -> Path:
                 panel.fill_between(steps, lines.min(0), lines.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
         panel.set_title(f"{width:g} bits")
         panel.set_xlabel("step")
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("training loss, nats")
     figure.suptitle(record["title"])
@@ -82,7 +86,7 @@ def ends(name: str, record: dict[str, Any], metric: str) -> Path:
     import matplotlib.pyplot as plt
 
     bits = widths(record["rows"])
-    figure, panels = plt.subplots(1, len(bits), figsize=(2.6 * len(bits) + 1.2, 3.8), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(bits), figsize=(2.8 * len(bits) + 1.2, 3.8), squeeze=False)
     for panel, width in zip(panels[0], bits, strict=True):
         here = [(key, rows) for key, rows in groups(record["rows"]).items() if key[1] == width or key[0] == "lora"]
         for x, ((method, _, codebook), rows) in enumerate(here):

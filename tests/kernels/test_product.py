@@ -10,8 +10,7 @@ from loftq import kernels
 from loftq.codec.codebook import thresholds
 from loftq.kernels import reference
 
-tokens = pytest.mark.parametrize("tokens", [1, 3])
-stored = pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+stored = pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 
 
 def packed_matrix(rows: int, n: int, block_size: int, bits: int, with_zero: bool, dtype: torch.dtype = torch.float32):
@@ -32,13 +31,12 @@ def close(found: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor) -> bool
 
 
 @stored
-@tokens
 @zeros
 @widths
 @shapes
-def test_product_equals_the_dense_product(rows, n, block_size, bits, with_zero, tokens, stored):
+def test_product_equals_the_dense_product(rows, n, block_size, bits, with_zero, stored):
     operands, dense = packed_matrix(rows, n, block_size, bits, with_zero, stored)
-    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(4))
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(4))
     spread = x.double().abs() @ dense.abs().T
     if with_zero:  # levels and zeros are summed apart
         spread = (
@@ -56,13 +54,12 @@ def levels_size(operands) -> torch.Tensor:
 
 
 @stored
-@tokens
 @zeros
 @widths
 @shapes
-def test_gradient_equals_the_dense_product(rows, n, block_size, bits, with_zero, tokens, stored):
+def test_gradient_equals_the_dense_product(rows, n, block_size, bits, with_zero, stored):
     operands, dense = packed_matrix(rows, n, block_size, bits, with_zero, stored)
-    grad = torch.randn(tokens, rows, generator=torch.Generator().manual_seed(5))
+    grad = torch.randn(3, rows, generator=torch.Generator().manual_seed(5))
     terms = grad.double().abs() @ dense.abs()
     if with_zero:
         size = (operands[1].double().abs() * levels_size(operands)).repeat_interleave(block_size, 1)[:, :n]
