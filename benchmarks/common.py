@@ -41,6 +41,16 @@ def medians(functions: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def between(page: Path, marks: tuple[str, str], text: str, *, check: bool) -> int:
+    """Put a text between two marks of a page and return 0; or, to ``check``, only say whether another stands there (1)."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    shown, _, after = rest.partition(marks[1])
+    if check:
+        return int(shown.strip() != text)
+    page.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}", encoding="utf-8")
+    return 0
+
+
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct, the command line's default model, as a safetensors checkpoint."""
     from loftq.checkpoint.default_model import default_model_dir

@@ -27,7 +27,7 @@ import psutil
 import torch
 
 import loftq
-from common import HERE, RESULTS, save
+from common import HERE, RESULTS, between, save
 from loftq.checkpoint.default_model import default_model_dir
 from loftq.checkpoint.source import open_config
 from loftq.report.memory import TrainingSetup, predict_training
@@ -169,10 +169,8 @@ def main(arguments: list[str]) -> int:
     if args.task is not None:
         print(*measure(json.loads(args.task)))
         return 0
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    page, _, after = rest.partition(END)
     if args.check:
-        return int(page.strip() != markdown())
+        return between(PAGE, (BEGIN, END), markdown(), check=True)
     source = default_model_dir() if args.model is None else args.model
     label = "SmolLM2-135M" if args.model is None else source.name
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,8 +185,7 @@ def main(arguments: list[str]) -> int:
         )
     command = f"python benchmarks/training_memory.py {' '.join(arguments)}".strip()
     save(f"training_memory_{label}_{args.dtype}", command, {"steps": STEPS, "rows": found})
-    PAGE.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
-    return 0
+    return between(PAGE, (BEGIN, END), markdown(), check=False)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "my-model/config.json").exists()
 
 
-@pytest.mark.parametrize("script", ["readme_table.py", "init/table.py", "finetune/tasks.py"])
+@pytest.mark.parametrize("script", ["readme_table.py", "init/table.py", "finetune/table.py", "finetune/tasks.py"])
 def test_tables_are_the_recorded_results(script, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str((ROOT / "benchmarks" / script).parent))
     spec = importlib.util.spec_from_file_location("table_of_results", ROOT / "benchmarks" / script)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses looks for its names

@@ -10,8 +10,10 @@ import statistics
 import sys
 from typing import Any
 
-from experiments import HERE, METHODS
+from experiments import HERE, METHODS  # which lets `common` be found
 from pictures import groups, widths
+
+from common import between
 
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- finetune tables -->", "<!-- end of finetune tables -->"
@@ -71,13 +73,7 @@ def markdown() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    shown, _, after = rest.partition(END)
-    if "--check" in arguments:
-        return int(shown.strip() != markdown())
-    README.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
-    return 0
+    return between(README, (BEGIN, END), markdown(), check="--check" in arguments)
 
 
 if __name__ == "__main__":

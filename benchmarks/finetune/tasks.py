@@ -43,7 +43,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import DATA, RESULTS, minilm_dir, save  # noqa: E402 - beside this folder, which is no package
+from common import DATA, RESULTS, between, minilm_dir, save  # noqa: E402 - beside this folder, which is no package
 
 WORK = HERE / "work"  # not kept in the repository
 COMMAND = "python benchmarks/finetune/tasks.py"
@@ -236,10 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the commands, here and with the paper's models")
     parser.add_argument("--check", action="store_true", help="only compare the page with the results")
     chosen = parser.parse_args(arguments)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    shown, _, after = rest.partition(END)
     if chosen.check:
-        return int(shown.strip() != markdown())
+        return between(PAGE, (BEGIN, END), markdown(), check=True)
     unknown = [name for name in chosen.tasks if name not in TASKS]
     if unknown:
         parser.error(f"no task {unknown[0]}; expected {', '.join(TASKS)}")
@@ -265,8 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
             save(RECORD.stem, COMMAND, {"rows": known})
         moved = ", ".join(f"{m} {row['before'][m]:.1f} -> {row['after'][m]:.1f}" for m in TASKS[name].metrics)
         print(f"{name}, {bits} bits: {moved} ({sum(row['seconds']):.0f} s)", flush=True)
-    PAGE.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
-    return 0
+    return between(PAGE, (BEGIN, END), markdown(), check=False)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import between  # noqa: E402 - beside this folder, which is no package
+
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- init tables -->", "<!-- end of init tables -->"
 ORDER = ("smollm2", "stories", "minilm")
@@ -92,13 +96,7 @@ def markdown() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    shown, _, after = rest.partition(END)
-    if "--check" in arguments:
-        return int(shown.strip() != markdown())
-    README.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{after}", encoding="utf-8")
-    return 0
+    return between(README, (BEGIN, END), markdown(), check="--check" in arguments)
 
 
 if __name__ == "__main__":
