@@ -6,7 +6,8 @@
     python benchmarks/finetune/run.py --plots-only
 
 Every start is made by ``loftq quantize`` (and ``loftq refine``), every run by ``loftq train``; each takes a few minutes, and
-what is finished is not repeated. ``EXPERIMENT.json`` has a row for each run. `experiments.py` says what they are.
+what is finished is not repeated, here or where ``EXPERIMENT.json`` came from: it has a row for each run, and a row with the
+same command stands for its run. `experiments.py` says what they are.
 """
 
 from __future__ import annotations
@@ -63,39 +64,61 @@ def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
     """The runs, ``jobs`` at once; the starts that they need are made one after the other."""
     folder = WORK / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in runs if not (folder / run.name / "training.json").exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     shared = experiment.options(folder)
+    known = recorded(experiment).get("rows", [])
+    rows = {row["command"]: row for row in known}
+    rows = {
+        run.name: rows[said]
+        for run in experiment.runs
+        if (said := plain(command(folder, experiment, run, shared))) in rows
+    }
+    left = [run for run in runs if run.name not in rows]
     with ThreadPoolExecutor(jobs) as pool:
-        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, shared, threads)), runs):
+        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, shared, threads)), left):
             print(f"{experiment.name}/{run.name}: {seconds:.0f} s", flush=True)
-            save(experiment, folder)
-    save(experiment, folder)
+            rows[run.name] = row(experiment, folder, run)
+            save(experiment, shared, rows)
 
 
-def make(model: Model, start: str) -> Path:
+def recorded(experiment: Experiment) -> dict[str, Any]:
+    """What ``EXPERIMENT.json`` has, empty without one."""
+    path = HERE / f"{experiment.name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def command(folder: Path, experiment: Experiment, run: Run, shared: dict[str, Any]) -> str:
+    """Of a training, as a shell takes it."""
+    start = ("--init-from", WORK / experiment.model.name / run.start, "--seed", run.seed)
+    options = [
+        word for key, value in {**shared, **run.options}.items() for word in (f"--{key.replace('_', '-')}", value)
+    ]
+    return shlex.join(map(str, ("loftq", "train", folder / run.name, "--method", run.method, *start, *options)))
+
+
+def make(model: Model, start: str) -> None:
     """Make a start, and what it is made from before."""
     made = WORK / model.name
     folder = made / start
-    if not folder.is_file() and not (folder / REPORT).exists():
-        made.mkdir(parents=True, exist_ok=True)
-        for command in model.commands(start, made):
-            if isinstance(command, str):
-                make(model, command)
-            else:
-                print(f"{model.name}/{start}", flush=True)
-                loftq(*command)
-    return folder
+    if folder.is_file() or (folder / REPORT).exists():
+        return
+    made.mkdir(parents=True, exist_ok=True)
+    for command in model.commands(start, made):
+        if isinstance(command, str):
+            make(model, command)
+        else:
+            print(f"{model.name}/{start}", flush=True)
+            loftq(*command)
 
 
 def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
-    with _MAKING:
-        init = ("--init-from", make(experiment.model, run.start))
-    options = {**shared, **run.options}
-    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-    loftq("train", folder / run.name, "--method", run.method, *init, "--seed", run.seed, *arguments, threads=threads)
+    if not (WORK / experiment.model.name / run.start / REPORT).exists():
+        with _MAKING:
+            make(experiment.model, run.start)
+    if not (folder / run.name / "training.json").exists():
+        loftq(*shlex.split(command(folder, experiment, run, shared))[1:], threads=threads)
     for metric, extra in experiment.afterwards.items():
         record = folder / run.name / f"{metric}.json"
         if not record.exists():
@@ -114,38 +137,31 @@ def loftq(*words: Any, threads: int | None = None) -> str:
     return done.stdout
 
 
-def save(experiment: Experiment, folder: Path) -> None:
-    """Write the rows of all finished runs with the machine and versions that gave them."""
-    rows = []
-    for run in experiment.runs:
-        path = folder / run.name / "training.json"
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        row = {
-            **run.labels,
-            "seed": run.seed,
-            **{k: record[k] for k in ("status", "before", "after", "best_step", "timing")},
-        }
-        for metric in experiment.afterwards:
-            after = json.loads((path.parent / f"{metric}.json").read_text(encoding="utf-8"))
-            row["after"] = {**row["after"], **after["metrics"]}
-        row["command"] = plain(record["command"])
-        row["evaluations"] = record["evaluations"]
-        row["curve"] = [round(point["loss"], 4) for point in record["curve"]]
-        rows.append(row)
-    if not rows:
-        return
-    starts = {}
+def row(experiment: Experiment, folder: Path, run: Run) -> dict[str, Any]:
+    """What a finished run was and gave."""
+    record = json.loads((folder / run.name / "training.json").read_text(encoding="utf-8"))
+    found = {k: record[k] for k in ("status", "before", "after", "best_step", "timing")}
+    for metric in experiment.afterwards:
+        after = json.loads((folder / run.name / f"{metric}.json").read_text(encoding="utf-8"))
+        found["after"] = {**found["after"], **after["metrics"]}
+    evaluations = {"command": plain(record["command"]), "evaluations": record["evaluations"]}
+    curve = [round(point["loss"], 4) for point in record["curve"]]
+    return {**run.labels, "seed": run.seed, **found, **evaluations, "curve": curve, "machine": machine()["cpu"]}
+
+
+def save(experiment: Experiment, shared: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """Write the rows in the order of the runs, with the machine and versions that gave the last of them."""
+    starts = recorded(experiment).get("bits_per_weight", {})
     for start in dict.fromkeys(run.start for run in experiment.runs):
         path = WORK / experiment.model.name / start
         if (path / REPORT).exists():
             starts[start] = round(QuantizationReport.load(path).bits_per_weight, 4)
-    settings = {k: plain(str(v)) for k, v in experiment.options(folder).items()}
+    settings = {k: plain(str(v)) for k, v in shared.items()}
     result = {"title": experiment.title, "machine": machine(), "versions": versions(), "settings": settings}
+    in_order = [rows[run.name] for run in experiment.runs if run.name in rows]
     path = HERE / f"{experiment.name}.json"
     partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps({**result, "bits_per_weight": starts, "rows": rows}, indent=1)
+    text = json.dumps({**result, "bits_per_weight": starts, "rows": in_order}, indent=1)
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 
