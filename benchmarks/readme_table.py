@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import between
 from loftq.quickstart import COLUMNS, Row, cells
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 COPY = HERE / "results" / "quickstart.json"
-BEGIN, END = "<!-- quickstart table -->", "<!-- end of quickstart table -->"
+MARKS = "<!-- quickstart table -->", "<!-- end of quickstart table -->"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -27,16 +28,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    shown, _, after = rest.partition(END)
     (argument,) = arguments
     if argument == "--check":
-        return int(shown.strip() != markdown(json.loads(COPY.read_text())))
+        return between(README, MARKS, markdown(json.loads(COPY.read_text())), check=True)
     results = json.loads(Path(argument).read_text())
     COPY.write_text(json.dumps(results, indent=1) + "\n")
-    README.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{END}{after}", encoding="utf-8")
-    return 0
+    return between(README, MARKS, markdown(results), check=False)
 
 
 if __name__ == "__main__":

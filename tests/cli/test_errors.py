@@ -228,3 +228,13 @@ def test_patterns_may_contain_an_equals_sign():
     assert parse.first_layers("16:4") == (16, 4)
     with pytest.raises(ConfigError, match="--rank-pattern is 'x'"):
         parse.int_patterns("--rank-pattern", ["x"])
+
+
+def test_names_are_separated_by_commas_and_never_empty():
+    assert parse.names("--metrics", " accuracy, f1,") == ("accuracy", "f1")
+    assert parse.names("--metrics", None) is None
+    for nothing in ("", ",", " , "):
+        with pytest.raises(
+            ConfigError, match=f"--labels is {nothing!r}, which names nothing; expected values with commas"
+        ):
+            parse.names("--labels", nothing)

@@ -22,7 +22,7 @@ _DEFAULT = LoftQConfig()
 
 
 def ablate(
-    model: Annotated[str, typer.Argument(help="Folder with safetensors, .gguf file, or hub id.")],
+    model: options.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables; an earlier run continues.")],
     iters: Annotated[str, typer.Option("--iters", help="Alternations T, with commas; 0 is QLoRA.")] = "5",
     rank: Annotated[str, typer.Option("--rank", "-r", help="Ranks of the adapters, with commas.")] = "16",
@@ -57,39 +57,33 @@ def ablate(
         typer.Option(help="Text for perplexity before fine-tuning: a file, `pydoc`, FILE.safetensors:KEY."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Measure on the text's first tokens only.")] = 16384,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")
-    ] = None,
+    window: options.Window = None,
     task: Annotated[
         str | None, typer.Option(help=f"Fine-tune every cell: {parse.TASK_HELP}", show_default="no training")
     ] = None,
     data: Annotated[str | None, typer.Option(help=f"To train on. {parse.DATA_HELP}")] = None,
-    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
-    eval_data: Annotated[
-        str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
-    ] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")] = None,
+    split: options.TrainSplit = "train",
+    eval_data: options.EvalData = None,
+    eval_split: options.EvalSplit = None,
     map: options.Map = None,
     labels: options.Labels = None,
     max_length: options.MaxLength = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.", show_default="by epochs")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Largest learning rate.")] = 1e-4,
-    limit: Annotated[int | None, typer.Option(help="Train on the first rows only.", show_default="all")] = None,
-    eval_limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")] = None,
+    epochs: options.Epochs = 3.0,
+    max_steps: options.MaxSteps = None,
+    batch_size: options.BatchSize = 8,
+    learning_rate: options.LearningRate = 1e-4,
+    limit: options.Limit = None,
+    eval_limit: options.EvalLimit = None,
     metrics: Annotated[
         str | None, typer.Option(help="With commas; the first is plotted.", show_default="the task's")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of a calibration text.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of each.")] = 512,
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = _DEFAULT.block_size,
+    calibration_samples: options.CalibrationSamples = 128,
+    calibration_length: options.CalibrationLength = 512,
+    block_size: options.BlockSize = _DEFAULT.block_size,
     scale: Annotated[str, typer.Option(help=f"{', '.join(SCALES)}.")] = _DEFAULT.scale,
     scale_dtype: Annotated[str, typer.Option(help=f"{', '.join(SCALE_DTYPES)}.")] = _DEFAULT.scale_dtype,
-    target_modules: Annotated[
-        list[str] | None, typer.Option(help="As for `loftq quantize`.", show_default="all-linear")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    target_modules: options.TargetModules = None,
+    seed: options.Seed = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized folders and the runs.")] = False,
     plots: Annotated[
         bool | None, typer.Option("--plots/--no-plots", help="Pictures.", show_default="where matplotlib is installed")
@@ -116,7 +110,7 @@ def ablate(
     settings = Ablation(
         model=model,
         sweep=Sweep(
-            **{n: tuple(_value(n, part) for part in parse.names(v) or ()) for n, v in given.items()},
+            **{n: tuple(_value(n, part) for part in parse.names(f"--{n}", v)) for n, v in given.items()},
             grid=grid,
             base=_base(base),
         ),
@@ -133,14 +127,14 @@ def ablate(
             eval_limit=eval_limit,
             prepared={
                 "map": parse.column_map(map),
-                "labels": parse.names(labels) or (),
+                "labels": parse.names("--labels", labels) or (),
                 "max_length": max_length,
             },
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
-            metrics=parse.names(metrics),
+            metrics=parse.names("--metrics", metrics),
             seed=seed,
         ),
         block_size=block_size,
@@ -210,7 +204,7 @@ def _value(name: str, value: str) -> Any:
 
 def _base(value: str | None) -> dict[str, Any]:
     found = {}
-    for part in parse.names(value) or ():
+    for part in parse.names("--base", value) or ():
         name, equals, text = part.partition("=")
         if not equals or not text:
             raise ConfigError(f"--base has {part!r}, expected FACTOR=VALUE such as bits=2")

@@ -31,7 +31,7 @@ def compare(
     text: Annotated[str, typer.Option(help="Text to measure on: a file, `pydoc`, FILE.safetensors:KEY.")] = "pydoc",
     max_tokens: Annotated[int, typer.Option(help="Measure on the text's first tokens only.")] = 16384,
     window: options.Window = None,
-    block_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    block_size: options.BlockSize = 64,
     refine_tokens: Annotated[int, typer.Option(help="Calibration tokens to refine all adapters jointly on.")] = 0,
     plans: Annotated[
         list[str] | None, typer.Option(help="BITS=FILE, the plan of loftq-data and auto at these bits; repeatable.")
@@ -48,8 +48,8 @@ def compare(
 
     settings = work.Comparison(
         model=model,
-        methods=_names(methods),
-        bits=tuple(_number(value) for value in _names(bits)),
+        methods=parse.names("--methods", methods),
+        bits=tuple(_number(value) for value in parse.names("--bits", bits)),
         rank=rank,
         block_size=block_size,
         seed=seed,
@@ -134,10 +134,6 @@ def _line(cell: Cell) -> str:
         "weight error": cell.weight_error,
     }
     return f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in shown.items() if value is not None)
-
-
-def _names(value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def _number(value: str) -> float:

@@ -21,7 +21,7 @@ def _data() -> None:
 def check(
     model: Annotated[str, typer.Argument(help="Folder or hub id whose tokenizer and chat template are used.")],
     task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
-    data: Annotated[str, typer.Option(help=parse.DATA_HELP)],
+    data: options.Data,
     split: Annotated[str, typer.Option(help="Split of a folder or a hub data set.")] = "train",
     map: options.Map = None,
     labels: options.Labels = None,
@@ -42,7 +42,7 @@ def check(
         data=data,
         split=split,
         map=parse.column_map(map),
-        labels=parse.names(labels) or (),
+        labels=parse.names("--labels", labels) or (),
         max_length=max_length,
         max_target_length=max_target_length,
         doc_stride=doc_stride,

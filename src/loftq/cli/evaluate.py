@@ -75,14 +75,14 @@ def evaluate(
             "data": data,
             "split": split,
             "map": parse.column_map(map) or None,
-            "labels": parse.names(labels),
+            "labels": parse.names("--labels", labels),
             "max_length": max_length,
             "doc_stride": doc_stride,
             "prompt_template": prompt_template,
             "limit": limit,
         }
         decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        _task(model, changes, parse.names(metrics), decoding, predictions, dtype, json_output)
+        _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
         size = 1 if batch_size is None else batch_size
         _text(model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, size, dtype, json_output)
@@ -137,7 +137,7 @@ def _harness(
     result = run_tasks(
         loaded,
         load_tokenizer(model),
-        list(parse.names(tasks) or ()),
+        list(parse.names("--lm-eval", tasks)),
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,

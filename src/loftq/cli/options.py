@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq.cli import parse
-from loftq.config import CODEBOOKS, SCALE_DTYPES, SCALES
+from loftq.config import BLOCK_SIZES, CODEBOOKS, SCALE_DTYPES, SCALES
 
 
 def choices(values: tuple[object, ...]) -> str:
@@ -34,6 +34,7 @@ ExcludeModules = Annotated[
 Codebook = Annotated[str | None, typer.Option(help=f"{choices(CODEBOOKS)}.", show_default="lloyd")]
 Scale = Annotated[str | None, typer.Option(help=f"{choices(SCALES)}.", show_default="search")]
 ScaleDtype = Annotated[str | None, typer.Option(help=f"{choices(SCALE_DTYPES)}.", show_default="float16")]
+BlockSize = Annotated[int, typer.Option(help=f"Weights that share a scale: {choices(BLOCK_SIZES)}.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Store scales in 8 bits.")]
 Published = Annotated[bool, typer.Option("--published", help="The papers' quantizer: nf, absmax, float32 scales.")]
 BitsPattern = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS, repeatable.")]
@@ -60,6 +61,13 @@ Damping = Annotated[
 ]
 
 # data
+Data = Annotated[str, typer.Option(help=parse.DATA_HELP)]
+TrainSplit = Annotated[str, typer.Option(help="Split to train on.")]
+EvalData = Annotated[
+    str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
+]
+EvalSplit = Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")]
+EvalLimit = Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")]
 Map = Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)]
 Labels = Annotated[
     str | None, typer.Option(help="Classes in the order of their numbers.", show_default="from the data")
@@ -75,6 +83,12 @@ Packing = Annotated[
     typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
 ]
 PromptTemplate = Annotated[str, typer.Option(help="What a prompt is put into.")]
+
+# training
+Epochs = Annotated[float, typer.Option(help="Passes over the data.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Steps, instead of epochs.", show_default="by epochs")]
+BatchSize = Annotated[int, typer.Option(help="Examples at once.")]
+LearningRate = Annotated[float, typer.Option("--learning-rate", "--lr", help="Largest learning rate.")]
 
 # models and runs
 Adapter = Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")]

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from loftq.config import PUBLISHED
 from loftq.errors import ConfigError
@@ -43,9 +43,22 @@ def column_map(values: list[str] | None) -> dict[str, str]:
     return found
 
 
-def names(value: str | None) -> tuple[str, ...] | None:
-    """``accuracy,f1`` -> a tuple; nothing for nothing."""
-    return None if value is None else tuple(name.strip() for name in value.split(",") if name.strip())
+@overload
+def names(option: str, value: str) -> tuple[str, ...]: ...
+
+
+@overload
+def names(option: str, value: str | None) -> tuple[str, ...] | None: ...
+
+
+def names(option: str, value: str | None) -> tuple[str, ...] | None:
+    """``accuracy,f1`` -> a tuple; ``None`` for an option that was not given."""
+    if value is None:
+        return None
+    found = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not found:
+        raise ConfigError(f"{option} is {value!r}, which names nothing; expected values with commas, or leave it out")
+    return found
 
 
 def int_patterns(option: str, values: Iterable[str] | None) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq.cli import options, parse
-from loftq.config import BITS, BLOCK_SIZES, METHODS, SVDS, LoftQConfig
+from loftq.config import BITS, METHODS, SVDS, LoftQConfig
 
 _DEFAULT = LoftQConfig()
 
@@ -51,7 +51,7 @@ def quantize(
     plan: options.PlanFile = None,
     svd: Annotated[str, typer.Option(help=f"Truncated SVD: {options.choices(SVDS)}.")] = _DEFAULT.svd,
     codebook: options.Codebook = None,
-    block_size: Annotated[int, typer.Option(help=f"Weights that share a scale: {options.choices(BLOCK_SIZES)}.")] = 64,
+    block_size: options.BlockSize = _DEFAULT.block_size,
     scale: options.Scale = None,
     scale_dtype: options.ScaleDtype = None,
     double_quant: options.DoubleQuant = False,

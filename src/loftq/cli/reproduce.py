@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loftq.cli import options
+from loftq.cli import options, parse
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
@@ -69,7 +69,7 @@ def reproduce(
         raise ConfigError("--file was given without --local; give the folder that the file is in")
     options = Options(
         out=Path("reproduce") / recipe.name if out is None else out,
-        methods=_names(methods),
+        methods=parse.names("--methods", methods) or (),
         model=model,
         local={} if local is None else find_local(recipe, local.expanduser(), chosen),
         limit=limit,
@@ -200,13 +200,9 @@ def _print_comparison(recipe: Recipe, options: Options, json_output: bool) -> No
         screen.print(note, markup=False)
 
 
-def _names(value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
-
-
 def _seeds(value: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in _names(value))
+        return tuple(int(part) for part in parse.names("--seeds", value))
     except ValueError:
         raise ConfigError(f"--seeds is {value!r}, expected integers with commas such as 0,1,2") from None
 

@@ -19,12 +19,10 @@ def train(
         ),
     ],
     task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
-    data: Annotated[str, typer.Option(help=parse.DATA_HELP)],
-    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
-    eval_data: Annotated[
-        str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
-    ] = None,
-    eval_split: Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")] = None,
+    data: options.Data,
+    split: options.TrainSplit = "train",
+    eval_data: options.EvalData = None,
+    eval_split: options.EvalSplit = None,
     map: options.Map = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Quantized folder to train, or whose adapter settings `lora` takes.")
@@ -33,14 +31,14 @@ def train(
         str | None, typer.Option(help="Full-precision model, for lora and full.", show_default="the folder's source")
     ] = None,
     method: Annotated[str, typer.Option(help="loftq, qlora, lora, full.")] = "loftq",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Steps, instead of epochs.", show_default="by epochs")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples at once.")] = 8,
+    epochs: options.Epochs = 3.0,
+    max_steps: options.MaxSteps = None,
+    batch_size: options.BatchSize = 8,
     eval_batch_size: Annotated[
         int | None, typer.Option(help="Examples at once when measuring.", show_default="--batch-size")
     ] = None,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Largest learning rate.")] = 1e-4,
+    learning_rate: options.LearningRate = 1e-4,
     schedule: Annotated[str, typer.Option(help="linear, cosine, constant.")] = "linear",
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
@@ -54,7 +52,7 @@ def train(
     packing: options.Packing = None,
     prompt_template: options.PromptTemplate = "{prompt}",
     limit: options.Limit = None,
-    eval_limit: Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")] = None,
+    eval_limit: options.EvalLimit = None,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps between measurements and checkpoints.", show_default="an epoch")
     ] = None,
@@ -85,7 +83,7 @@ def train(
         data=data,
         split=split,
         map=parse.column_map(map),
-        labels=parse.names(labels) or (),
+        labels=parse.names("--labels", labels) or (),
         max_length=max_length,
         max_target_length=max_target_length,
         doc_stride=doc_stride,
@@ -119,7 +117,7 @@ def train(
         target_modules=parse.module_patterns(target_modules) or "all-linear",
         use_dora=use_dora,
         lora_dropout=lora_dropout,
-        metrics=parse.names(metrics),
+        metrics=parse.names("--metrics", metrics),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         report_to=report_to,
