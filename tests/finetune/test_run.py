@@ -180,11 +180,17 @@ def test_regression_and_question_answering_and_summaries(bert, bart, tmp_path):
 
 
 def test_early_stopping_keeps_the_best(llama, sums, tmp_path):
+    """Measured on answers that are letters: the better the model knows that answers are numbers, the worse it does there."""
+    wrong = [{"prompt": f"{a}+{b}=", "completion": "zyxwvu"} for a in range(6) for b in range(6)]
+    held = DataSettings("completion", write_rows(tmp_path / "wrong.jsonl", wrong))
     record = train(
-        tmp_path / "run", settings(sums, epochs=40, learning_rate=0.3, patience=2), init_from=llama, progress=False
+        tmp_path / "run", settings(sums, eval_data=held, epochs=40, patience=2), init_from=llama, progress=False
     )
+    found = [e["perplexity"] for e in record.evaluations]
+    print(found)
     best = min(record.evaluations, key=lambda e: e["perplexity"])
     assert record.status == "stopped early"
+    assert record.evaluations[-1]["step"] == best["step"] + 2 * 3
     assert record.best_step == best["step"]
     assert record.after["perplexity"] == pytest.approx(best["perplexity"], rel=1e-5)
 
