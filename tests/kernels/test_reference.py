@@ -88,15 +88,14 @@ def squared_error(
     return float(((weight.double() - value).square() * counts.double()).sum())
 
 
-def assert_same_choices(compiled: Tensor, defined: Tensor, bits: int, ties: Tensor | None = None) -> None:
+def assert_same_choices(compiled: Tensor, defined: Tensor, ties: Tensor | None = None) -> None:
     """The same scale in all blocks but 1 % (one at least), where two candidates are equally good within rounding.
 
-    At 8 bits they all nearly are: what they leave unexplained is no larger than the rounding of what they explain.
     ``ties`` are blocks where they certainly are, which don't count.
     """
     differs = ~torch.isclose(compiled, defined, rtol=1e-5, atol=0)
     different = int((differs if ties is None else differs & ~ties).sum())
-    assert bits == 8 or different <= max(1, compiled.numel() // 100), f"{different} of {compiled.numel()} scales differ"
+    assert different <= max(1, compiled.numel() // 100), f"{different} of {compiled.numel()} scales differ"
 
 
 @contextmanager
@@ -183,8 +182,7 @@ def test_search_scale(bits, rows, n, block_size, weighted, name):
     defined_error = squared_error(weight, counts, defined, None, levels, block_size)
     tolerance = wrong_preference(block_size) * float((weight.double().square() * counts).sum())
     assert abs(compiled_error - defined_error) <= tolerance, (compiled_error, defined_error)
-    # with counts of 1 the scores of such candidates are exactly equal, and the first wins
-    assert_same_choices(compiled, defined, bits, constant_blocks(weight, block_size) if weighted else None)
+    assert_same_choices(compiled, defined, constant_blocks(weight, block_size))
 
 
 @counted
@@ -198,7 +196,8 @@ def test_search_affine(bits, rows, n, block_size, weighted):
     defined_error = squared_error(weight, counts, *defined, levels, block_size)
     tolerance = wrong_preference(block_size) * float((weight.double().square() * counts).sum())
     assert abs(compiled_error - defined_error) <= tolerance, (compiled_error, defined_error)
-    assert_same_choices(compiled[0], defined[0], bits)
+    if bits < 8:  # there what any candidate leaves unexplained is no larger than the rounding of what it explains
+        assert_same_choices(compiled[0], defined[0])
 
 
 def test_search_finds_the_scale_of_a_representable_block():

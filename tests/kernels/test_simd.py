@@ -6,21 +6,21 @@ import numba
 import numpy as np
 import pytest
 
-from loftq.kernels import simd
+from loftq.kernels import simd, simd_levels
 
-CODES = {2: simd.codes_2bit, 3: simd.codes_3bit, 4: simd.codes_4bit}
+CODES = {2: simd_levels.codes_2bit, 3: simd_levels.codes_3bit, 4: simd_levels.codes_4bit}
 
 
 def ways() -> list[str]:
     """Those that this machine can run."""
     every = ["select", "avx2", "avx512"]
-    return every[: every.index(simd.PERMUTATION) + 1]
+    return every[: every.index(simd_levels.PERMUTATION) + 1]
 
 
 @pytest.mark.parametrize("way", ways())
 @pytest.mark.parametrize("bits", CODES)
 def test_levels_by_every_way(bits, way):
-    codes, lookup, load16, store16 = CODES[bits], simd.lookup_by(way), simd.load16, simd.store16
+    codes, lookup, load16, store16 = CODES[bits], simd_levels.lookup_by(way), simd.load16, simd.store16
 
     @numba.njit
     def levels(row, table, out):
@@ -35,6 +35,26 @@ def test_levels_by_every_way(bits, way):
     out = np.empty(96, np.float32)
     levels(row, np.tile(table, 16 // 2**bits), out)
     assert np.array_equal(out, table[expected])
+
+
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_nearest_by_every_way(bits, way):
+    """The number of borders below, also for numbers on a border, beyond all of them, and between equal ones."""
+    nearest, load16, store_codes16 = simd_levels.nearest_by(bits, way), simd.load16, simd_levels.store_codes16
+
+    @numba.njit
+    def codes(x, borders, out):
+        for i in range(0, out.shape[0], 16):
+            store_codes16(out, i, nearest(borders, load16(x, i)))
+
+    generator = np.random.default_rng(0)
+    borders = np.sort(generator.normal(size=2**bits - 1)).astype(np.float32)
+    borders[1] = borders[2]
+    x = np.concatenate([generator.normal(size=93), borders[:2], [np.inf]]).astype(np.float32)
+    out = np.empty(96, np.uint8)
+    codes(x, np.pad(borders, (0, max(1, 16 - len(borders))), constant_values=np.inf), out)
+    assert np.array_equal(out, (x[:, None] > borders).sum(1))
 
 
 def test_bfloat16_is_rounded_to_nearest_even():

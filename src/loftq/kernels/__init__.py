@@ -73,6 +73,16 @@ def _tables(codebook: Tensor) -> np.ndarray:
     return _np(levels.repeat(1, max(1, 16 // levels.shape[1])))
 
 
+def _borders(thresholds: Tensor) -> np.ndarray:
+    """Borders between levels as the fitting loops take them: (1 or rows, at least 16), filled up with infinities."""
+    rows = thresholds.float() if thresholds.dim() == 2 else thresholds.float()[None]
+    return _np(torch.nn.functional.pad(rows, (0, max(16, rows.shape[1] + 1) - rows.shape[1]), value=float("inf")))
+
+
+def _bits_of(codebook: Tensor) -> int:
+    return codebook.shape[-1].bit_length() - 1
+
+
 def _scales(stored: Tensor | None) -> np.ndarray:
     """Scales or zeros as the unpacking loops take them: float16 as it is stored, by its bits."""
     if stored is None:
@@ -154,9 +164,9 @@ def encode(
     if not _on_cpu(weight):
         return reference.encode(weight, scale, zero, codebook, thresholds, block_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    levels = (_rows_of(codebook), _rows_of(thresholds))
+    levels = (_tables(codebook), _borders(thresholds))
     args = (_np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
-    for_rows(cpu_fit.encode_rows, weight.shape[0], weight.numel(), *args)
+    for_rows(cpu_fit.ENCODE_ROWS[_bits_of(codebook)], weight.shape[0], weight.numel(), *args)
     return codes
 
 
@@ -181,8 +191,9 @@ def search_scale(
     if not _on_cpu(weight):
         return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    tensors = (_np(weight), _np(counts), _rows_of(codebook), _rows_of(thresholds), _np(factors))
-    for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
+    tensors = (_np(weight), _np(counts), _tables(codebook), _borders(thresholds), _np(factors))
+    loop = cpu_fit.SEARCH_SCALE_ROWS[_bits_of(codebook)]
+    for_rows(loop, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
     return scale
 
 
@@ -201,9 +212,17 @@ def search_affine(
         return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
-    tensors = (_np(weight), _np(counts), _rows_of(codebook), _rows_of(thresholds), _np(factors))
+    tensors = (_np(weight), _np(counts), _tables(codebook), _borders(thresholds), _np(factors))
     out = (scale.numpy(), zero.numpy())
-    for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, *out)
+    for_rows(
+        cpu_fit.SEARCH_AFFINE_ROWS[_bits_of(codebook)],
+        weight.shape[0],
+        weight.numel(),
+        *tensors,
+        refine,
+        block_size,
+        *out,
+    )
     return scale, zero
 
 

@@ -15,20 +15,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from loftq.kernels.simd import (
-    add16,
-    codes_2bit,
-    codes_3bit,
-    codes_4bit,
-    codes_8bit,
-    gather16,
-    load16,
-    lookup16,
-    multiply16,
-    scale_at,
-    spread16,
-    store16,
-)
+from loftq.kernels.simd import add16, multiply16, scale_at, spread16, store16
+from loftq.kernels.simd_levels import VALUES, codes_2bit, codes_3bit, codes_4bit, codes_8bit
 
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -44,24 +32,21 @@ def code_at(row, bits, i):
     return (word >> np.uint32(bit & 7)) & np.uint32((1 << bits) - 1)
 
 
-def _levels_by_permutation(codes: Callable[..., Any]) -> Callable[..., Any]:
+def _levels(bits: int, codes: Callable[..., Any]) -> Callable[..., Any]:
+    values = VALUES[bits]
+
     @numba.njit(inline="always")
     def levels(table, row, i):
-        return lookup16(load16(table, 0), codes(row, i))
+        return values(table, codes(row, i))
 
     return levels
 
 
-@numba.njit(inline="always")
-def _levels_8bit(table, row, i):
-    return gather16(table, codes_8bit(row, i))
-
-
 LEVELS: dict[int, Callable[..., Any]] = {
-    2: _levels_by_permutation(codes_2bit),
-    3: _levels_by_permutation(codes_3bit),
-    4: _levels_by_permutation(codes_4bit),
-    8: _levels_8bit,
+    2: _levels(2, codes_2bit),
+    3: _levels(3, codes_3bit),
+    4: _levels(4, codes_4bit),
+    8: _levels(8, codes_8bit),
 }
 """bits -> ``levels(table, row, i)``: the levels of codes i to i + 15 of a packed row."""
 

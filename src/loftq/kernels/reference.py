@@ -101,19 +101,22 @@ def search_scale(
     blocks = blocks.nan_to_num(0.0)
     start_scale = blocks.abs().amax(-1) / codebook.abs().amax(-1, keepdim=True)
 
-    def fit(candidate: Tensor) -> tuple[Tensor, Tensor]:
-        levels = levels_of(codebook, _nearest(blocks * (1 / candidate).unsqueeze(-1), thresholds))
-        return (blocks * levels * valid).sum(-1), (levels * levels * valid).sum(-1)
+    def fit(candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scaled = blocks * (1 / candidate).unsqueeze(-1)
+        levels = levels_of(codebook, _nearest(scaled, thresholds))
+        rest, weighted = scaled - levels, levels * valid
+        return (rest * weighted).sum(-1), (levels * weighted).sum(-1), (rest * rest * valid).sum(-1)
 
-    best, best_score = start_scale.clone(), torch.full_like(start_scale, -1.0)
+    best, best_score = start_scale.clone(), torch.full_like(start_scale, float("inf"))
     for factor in factors:
-        num, den = fit(start_scale * factor)
-        better = (den > 0) & (num * num > best_score * den)
-        best_score = torch.where(better, num * num / den, best_score)
-        best = torch.where(better, num / den, best)
+        num, den, error = fit(start_scale * factor)
+        score = factor * factor * (error - num / den * num)
+        better = (den > 0) & (score < best_score)
+        best_score = torch.where(better, score, best_score)
+        best = torch.where(better, start_scale * factor * (1 + num / den), best)
     for _ in range(refine):
-        num, den = fit(best)
-        best = torch.where((den > 0) & (best != 0), num / den, best)
+        num, den, _ = fit(best)
+        best = torch.where((den > 0) & (best != 0), best * (1 + num / den), best)
     return torch.where(start_scale == 0, start_scale, best)
 
 
