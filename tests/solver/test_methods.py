@@ -108,7 +108,8 @@ def test_qera_with_the_identity_is_one_step_of_loftq(minilm_layer2, svd):
     assert torch.equal(loftq.lora_A, qera.lora_A)
     assert torch.equal(loftq.lora_B, qera.lora_B)
     assert all(torch.equal(t, qera.quantized.tensors[n]) for n, t in loftq.quantized.tensors.items())
-    assert qera.errors == loftq.errors
+    # of loftq both are what the SVD's energy leaves; qera's weight error is measured, in float32
+    assert qera.errors == pytest.approx(loftq.errors, rel=1e-6)
     assert qera.objectives == pytest.approx(loftq.objectives, rel=1e-6)
 
 

@@ -89,9 +89,9 @@ class QuantizedTensor:
         """(out, in) uint8 codes."""
         return packing.unpack(packed_codes(self.tensors), self.spec.bits, self.shape[1])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense (out, in) matrix."""
-        return dequantize_stored(self.tensors, self.spec, self.shape[1], dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The dense (out, in) matrix; ``out`` is memory for it, which is used on the CPU."""
+        return dequantize_stored(self.tensors, self.spec, self.shape[1], dtype, out)
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The stored tensors under ``prefix`` (``"model.layer."`` gives ``model.layer.weight`` and so on)."""
@@ -150,9 +150,13 @@ def stored_levels(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def dequantize_stored(
-    tensors: Mapping[str, Tensor], spec: QuantSpec, in_features: int, dtype: torch.dtype = torch.float32
+    tensors: Mapping[str, Tensor],
+    spec: QuantSpec,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The dense matrix from its stored tensors."""
+    """The dense matrix from its stored tensors; ``out`` is memory for it, which is used on the CPU."""
     zero = tensors.get("weight_zero")
     return kernels.dequantize(
         packed_codes(tensors),
@@ -163,4 +167,5 @@ def dequantize_stored(
         spec.block_size,
         in_features,
         dtype,
+        out,
     )

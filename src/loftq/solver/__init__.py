@@ -1,5 +1,5 @@
 """One matrix -> Q, lora_A, lora_B. Pure: tensors in, tensors out."""
 
-from loftq.solver.alternate import Decomposition, decompose, lora_scaling
+from loftq.solver.decomposition import Decomposition, decompose, lora_scaling
 
 __all__ = ["Decomposition", "decompose", "lora_scaling"]

@@ -50,6 +50,21 @@ def gram_svd(matrix: Tensor, rank: int) -> LowRank:
     return LowRank(U, S, Vh, None)
 
 
+def orthonormal(matrix: Tensor) -> Tensor:
+    """An orthonormal basis (m, k) of the columns of a tall matrix (m, k).
+
+    From the Cholesky factor of the float64 Gram matrix, ``G = L Lᵀ``, ``Q = Y L⁻ᵀ``: products instead of reflections, ten
+    times faster than QR. It loses as many digits as the Gram matrix has of its condition number; where those are too many
+    it is QR after all. Source: Stathopoulos and Wu 2002 (CholeskyQR).
+    """
+    wide = matrix.double()
+    factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+    pivots = factor.diagonal()
+    if int(failed) == 0 and bool(pivots.min() > 1e-5 * pivots.max()):
+        return torch.linalg.solve_triangular(factor, wide.T, upper=False).T.to(matrix.dtype)
+    return torch.linalg.qr(matrix).Q
+
+
 def block_power_svd(
     matrix: Tensor, rank: int, *, basis: Tensor | None = None, passes: int | None = None, seed: int = 0
 ) -> LowRank:
@@ -75,8 +90,8 @@ def block_power_svd(
     elif passes is None:
         passes = _WARM_PASSES
     for _ in range(passes):
-        basis = matrix.T @ torch.linalg.qr(matrix @ basis).Q
-    basis = torch.linalg.qr(basis).Q
+        basis = matrix.T @ orthonormal(matrix @ basis)
+    basis = orthonormal(basis)
     thin = matrix @ basis
     gram = thin.double().T @ thin.double()
     eigenvalues, vectors = torch.linalg.eigh(gram)
