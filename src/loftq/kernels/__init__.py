@@ -102,21 +102,26 @@ def dequantize(
     in_features: int,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    blocks: tuple[int, int] | None = None,
 ) -> Tensor:
     """value = scale * (codebook[code] + zero * codebook[1]) as a dense (rows, in_features) matrix of ``dtype``.
 
     ``out``, on the CPU, is memory of that shape and dtype to write to: a fresh large tensor costs several times the
-    computation, because the system has to provide its pages. Scales may be float32, float16 or bfloat16.
+    computation, because the system has to provide its pages. ``blocks`` are the first and the last but one of those whose
+    columns are wanted, instead of all. Scales may be float32, float16 or bfloat16.
     """
+    begin, end = blocks or (0, scale.shape[1])
+    columns = slice(begin * block_size, min(end * block_size, in_features))
     if not _on_cpu(packed):
         floats = scale.float(), codebook.float(), None if zero is None else zero.float()
-        return reference.dequantize(packed, *floats, bits, block_size, in_features).to(dtype)
+        return reference.dequantize(packed, *floats, bits, block_size, in_features)[:, columns].to(dtype)
     if out is None:
-        out = torch.empty(packed.shape[0], in_features, dtype=dtype)
+        out = torch.empty(packed.shape[0], columns.stop - columns.start, dtype=dtype)
     if dtype not in _BITS_AS:
-        return out.copy_(dequantize(packed, scale, codebook, zero, bits, block_size, in_features))
+        whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
+        return out.copy_(whole)
     target = out.view(_BITS_AS[dtype]).numpy()
-    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, in_features, target)
+    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, in_features, begin, end, target)
     for_rows(cpu_unpack.DEQUANTIZE_ROWS[bits], packed.shape[0], out.numel(), *args)
     return out
 

@@ -5,7 +5,8 @@ holds a multiple of 32 codes, so every block and every group of sixteen starts a
 made at a time; what is left of a row, one by one.
 
 ``tables`` (rows or 1, at least 16) float32 are the levels, repeated to sixteen; ``scale`` and ``zero`` (rows, blocks) are
-float32, or uint16 with float16's bits; ``out`` (rows, in) is float32, uint16 with bfloat16's bits, or int16 with
+float32, or uint16 with float16's bits; ``out`` (rows, in), or the columns of the blocks from
+``begin_block`` to ``end_block``, is float32, uint16 with bfloat16's bits, or int16 with
 float16's.
 """
 
@@ -55,14 +56,15 @@ def _loop(bits: int) -> Callable[..., None]:
     levels = LEVELS[bits]
 
     @numba.njit(**OPTIONS)
-    def dequantize_rows(first, last, packed, scale, tables, zero, block_size, in_features, out):
+    def dequantize_rows(first, last, packed, scale, tables, zero, block_size, in_features, begin_block, end_block, out):
         has_zero = zero.shape[0] > 0
         lanes = np.empty(16, out.dtype)
+        skipped = begin_block * block_size
         for r in range(first, last):
             table = tables[min(r, tables.shape[0] - 1)]
             row = packed[r]
             target = out[r]
-            for b in range(scale.shape[1]):
+            for b in range(begin_block, end_block):
                 s = scale_at(scale, r, b)
                 z = scale_at(zero, r, b) * table[1] if has_zero else np.float32(0)
                 begin = b * block_size
@@ -72,10 +74,10 @@ def _loop(bits: int) -> Callable[..., None]:
                     value = levels(table, row, i)
                     if has_zero:
                         value = add16(value, spread16(z))
-                    store16(target, i, multiply16(value, spread16(s)))
+                    store16(target, i - skipped, multiply16(value, spread16(s)))
                 for i in range(whole, end):
                     store16(lanes, 0, spread16((table[code_at(row, bits, i)] + z) * s))
-                    target[i] = lanes[0]
+                    target[i - skipped] = lanes[0]
 
     return dequantize_rows
 

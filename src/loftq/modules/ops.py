@@ -2,8 +2,9 @@
 
     y = x Wᵀ,  dL/dx = dL/dy W,  W = dequantize(packed, scale, codebook, zero)
 
-W exists for the duration of one call, in memory that the next call of the same thread uses again: as much as the largest
-layer needs, once. There is no gradient for the backbone: it is frozen.
+On the CPU W exists a tile at a time, in a few megabytes that the next tile uses again, so that it is multiplied while it is
+in the cache and never written to memory: some of its rows for y, some of its columns for the gradient, whose sum over rows
+would otherwise be rounded between tiles. There is no gradient for the backbone: it is frozen.
 
 For few tokens on the CPU the packed matrix is multiplied as it is. The operators take the tensors as they are stored
 (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
@@ -11,6 +12,7 @@ For few tokens on the CPU the packed matrix is multiplied as it is. The operator
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import torch
@@ -22,17 +24,23 @@ from loftq.codec.scales import double_dequantize
 _memory = threading.local()
 # Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
 FEW_TOKENS = 4
+TILE_BYTES = 8 << 20  # of the dense matrix, which is then multiplied out of the last-level cache
 
 
-def _workspace(packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor | None:
-    """A (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
-    if packed.device.type != "cpu":
-        return None
-    needed = packed.shape[0] * in_features * dtype.itemsize
+def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A (rows, columns) matrix in this thread's memory."""
+    needed = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_memory, "held", None)
     if held is None or held.numel() < needed:
         held = _memory.held = torch.empty(needed, dtype=torch.uint8)
-    return held[:needed].view(dtype).view(packed.shape[0], in_features)
+    return held[:needed].view(dtype).view(rows, columns)
+
+
+def _tiles(count: int, nbytes: int) -> list[tuple[int, int]]:
+    """Ranges of ``count`` rows or columns of ``nbytes`` each, as equal as can be, of at most ``TILE_BYTES`` if one fits."""
+    tiles = min(count, -(-count * nbytes // TILE_BYTES))
+    edges = [count * k // tiles for k in range(tiles + 1)]
+    return list(itertools.pairwise(edges))
 
 
 def _few(x: Tensor, features: int) -> bool:
@@ -45,18 +53,59 @@ def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) ->
     return scale if absmax is None or offset is None else double_dequantize(scale, absmax, offset)
 
 
-def _dense(
+def _times_transposed(
+    x: Tensor,
     packed: Tensor,
     scale: Tensor,
     codebook: Tensor,
     zero: Tensor | None,
     bits: int,
     block_size: int,
-    in_features: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    out = _workspace(packed, in_features, dtype)
-    return kernels.dequantize(packed, scale, codebook, zero, bits, block_size, in_features, dtype, out)
+    """x (tokens, in) Wᵀ, W a tile of rows at a time."""
+    n = x.shape[1]
+    if packed.device.type != "cpu":
+        return x @ kernels.dequantize(packed, scale, codebook, zero, bits, block_size, n, x.dtype).T
+    out = x.new_empty(x.shape[0], packed.shape[0])
+    for first, last in _tiles(packed.shape[0], n * x.dtype.itemsize):
+        rows = slice(first, last)
+        own = codebook if codebook.dim() == 1 else codebook[rows]
+        tile = kernels.dequantize(
+            packed[rows],
+            scale[rows],
+            own,
+            None if zero is None else zero[rows],
+            bits,
+            block_size,
+            n,
+            x.dtype,
+            _workspace(last - first, n, x.dtype),
+        )
+        out[:, rows] = torch.nn.functional.linear(x, tile)
+    return out
+
+
+def _times(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    n: int,
+) -> Tensor:
+    """grad (tokens, out) W, W a tile of columns at a time."""
+    operands = (packed, scale, codebook, zero, bits, block_size, n, grad.dtype)
+    if packed.device.type != "cpu":
+        return grad @ kernels.dequantize(*operands)
+    rows = packed.shape[0]
+    out = grad.new_empty(grad.shape[0], n)
+    for blocks in _tiles(scale.shape[1], rows * block_size * grad.dtype.itemsize):
+        columns = slice(blocks[0] * block_size, min(blocks[1] * block_size, n))
+        memory = _workspace(rows, columns.stop - columns.start, grad.dtype)
+        out[:, columns] = grad @ kernels.dequantize(*operands, memory, blocks)
+    return out
 
 
 @torch.library.custom_op("loftq::packed_linear", mutates_args=())
@@ -76,7 +125,7 @@ def packed_linear(
     operands = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
     if _few(x, n):
         return kernels.product(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
-    return torch.nn.functional.linear(x, _dense(*operands, n, x.dtype))
+    return _times_transposed(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
 
 
 @packed_linear.register_fake
@@ -102,7 +151,8 @@ def packed_linear_grad_input(
     if _few(grad, packed.shape[0]):
         product = kernels.grad_product(grad.reshape(-1, packed.shape[0]), *operands, in_features)
         return product.view(*grad.shape[:-1], in_features)
-    return grad @ _dense(*operands, in_features, grad.dtype)
+    product = _times(grad.reshape(-1, packed.shape[0]), *operands, in_features)
+    return product.view(*grad.shape[:-1], in_features)
 
 
 @packed_linear_grad_input.register_fake
