@@ -12,7 +12,7 @@ QLoRA and LoftQ have the papers' quantizer (absmax scales; T = 5), loftq-data ha
 ranks of a quantized folder, and trains an adapter on the original weights. 2.5 bits are the paper's: as many of the first
 layers at 4 bits as keep the average at 2.5, the others at 2. On SmolLM2 every method has the learning rate that is its own
 best of `rates`, at 2 bits (for 2 and 2.5) or at 4 bits (for 3 and 4), so that none is judged at a rate that suits another; a
-refined start has that of loftq-data.
+refined start has that of loftq-data, and loftq-data-zero, whose adapter begins as small as LoRA's, that of LoRA.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ METHODS = {
     "qlora": "QLoRA",
     "loftq": "LoftQ",
     "loftq-data": "loftq-data",
+    "loftq-data-zero": "loftq-data-zero",
     "refined": "loftq-data refined",
 }
 """Starting points as tables and pictures call them."""
+ALL = [name for name in METHODS if name != "loftq-data-zero"]
 
 Command = tuple[Any, ...]
 
@@ -67,14 +69,16 @@ class Model:
         out = ("--out", made / start)
         if start == STATISTICS:
             return [("calibrate", self.folder(), *out, *self.calibration)]
-        method, bits, codebook = [*start.replace("loftq-data", "data").split("-"), ""][:3]
+        short = start.replace("loftq-data-zero", "zero").replace("loftq-data", "data")
+        method, bits, codebook = [*short.split("-"), ""][:3]
         if method == "refined":
             before = f"loftq-data-{bits}"
             return [before, ("refine", made / before, *out, *self.refine)]
         width = ("--bits", 2, "--first-layers-bits", self.first_layers) if bits == "2.5" else ("--bits", bits)
         quantize = ("quantize", self.folder(), *out, *width, "--rank", self.rank)
-        if method == "data":
-            return [STATISTICS, (*quantize, "--statistics", made / STATISTICS)]
+        if method in ("data", "zero"):
+            ours = ("--method", "loftq-data-zero") if method == "zero" else ()
+            return [STATISTICS, (*quantize, *ours, "--statistics", made / STATISTICS)]
         published = (
             ("--codebook", codebook, "--scale", "absmax", "--scale-dtype", "float32") if codebook else ("--published",)
         )
@@ -209,7 +213,7 @@ def rates() -> Experiment:
     found = {}
     for bits, tried in RATES.items():
         for rate in tried:
-            for run in runs(list(METHODS)[:-1], {bits: 1}):
+            for run in runs(ALL[:-1], {bits: 1}):
                 name, labels = f"{run.name}-{rate:g}", {**run.labels, "learning_rate": rate}
                 found[name] = Run(name, run.method, run.start, run.seed, labels, {"learning-rate": rate})
     return Experiment(
@@ -224,7 +228,7 @@ def rates() -> Experiment:
 
 def best_rate(method: str, bits: float) -> float:
     """Of `rates.json`: the method's own, at 2 bits for widths below 3 and at 4 bits for the others."""
-    method = "loftq-data" if method == "refined" else method
+    method = {"refined": "loftq-data", "loftq-data-zero": "lora"}.get(method, method)
     known = 16 if method == "lora" else 2 if bits < 3 else 4
     rows = json.loads((HERE / "rates.json").read_text(encoding="utf-8"))["rows"]
     mine = [row for row in rows if (row["method"], row["bits"]) == (method, known) and row["status"] == "finished"]
@@ -253,7 +257,7 @@ def wikitext2() -> Experiment:
         "SmolLM2-135M on WikiText-2",
         SMOLLM2,
         "perplexity",
-        at_best_rate(runs(list(METHODS), {"2": 2, "3": 1, "4": 2, "2.5": 1})),
+        at_best_rate(runs(ALL, {"2": 2, "3": 1, "4": 2, "2.5": 1}) + runs(["loftq-data-zero"], {"2": 1, "4": 2})),
         lambda folder: {**wikitext(folder, "train", "test"), "max-steps": 64, "batch-size": 4, "warmup-ratio": 0.1},
     )
 
@@ -267,7 +271,7 @@ def gsm8k() -> Experiment:
         "SmolLM2-135M on GSM8K",
         SMOLLM2,
         "perplexity",
-        at_best_rate(runs(list(METHODS), {"2": 1})),
+        at_best_rate(runs(ALL, {"2": 1})),
         lambda folder: {**data, **template, **shared, "limit": 512, "eval-limit": 256, "dtype": "bfloat16"},
         afterwards={"accuracy": ("--metrics", "gsm8k", "--limit", 128, "--max-new-tokens", 192, "--batch-size", 32)},
     )
@@ -305,7 +309,7 @@ def stories() -> Experiment:
         "stories260K on its own stories",
         STORIES,
         "perplexity",
-        runs(list(METHODS)[:-1], {"2": 3, "3": 3, "4": 3}),
+        runs(ALL[:-1], {"2": 3, "3": 3, "4": 3}),
         lambda folder: {**shared, "epochs": 40, "eval-steps": 34, "patience": 4, "learning-rate": 3e-3},
     )
 

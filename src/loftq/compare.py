@@ -43,10 +43,8 @@ FLOAT = "float"
 STATISTICS = "statistics.safetensors"
 # Their papers fix the quantizer, and what they are known for depends on it; scales are stored like all others here.
 AS_PUBLISHED = ("qlora", "loftq", "loftq-svd-first")
-PLANNED = (
-    "loftq-data",
-    "auto",
-)  # these take a plan of their own for fractional bits, the others the first-k-layers rule
+# These take a plan of their own for fractional bits, the others the first-k-layers rule.
+PLANNED = ("loftq-data", "loftq-data-zero", "auto")
 
 
 @dataclass(frozen=True)

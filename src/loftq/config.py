@@ -34,6 +34,7 @@ METHODS = (
     "lq-lora",
     "srr",
     "loftq-data",
+    "loftq-data-zero",
     "auto",
 )
 

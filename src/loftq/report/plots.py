@@ -28,10 +28,10 @@ COLOURS = {
 }
 _STYLES = {
     "loftq-data": ("black", "-", "o"),
+    "loftq-data-zero": ("black", ":", "v"),
     "auto": ("black", "--", "s"),
     "loftq": (COLOURS["blue"], "-", "o"),
     "loftq-svd-first": (COLOURS["blue"], ":", "v"),
-    "loftq-principal": (COLOURS["blue"], "--", "s"),
     "qlora": (COLOURS["orange"], "-", "o"),
     "rtn": (COLOURS["orange"], ":", "v"),
     "gptq": (COLOURS["orange"], "--", "s"),
@@ -46,7 +46,7 @@ _STYLES = {
     "srr": (COLOURS["sky"], "--", "s"),
 }
 _OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *COLOURS.values())]
-_OWN = ("loftq-data", "auto")
+_OWN = ("loftq-data", "loftq-data-zero", "auto")
 _NO_ADAPTER = ("rtn", "qlora", "gptq")
 _BITS = "measured bits per weight, adapters apart"
 _LAYER = re.compile(r"\.(\d+)\.")

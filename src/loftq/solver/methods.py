@@ -6,7 +6,7 @@ out of its factors, and the best iterate under the method's own objective is kep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loftq.config import METHODS as NAMES
 from loftq.config import one_of
@@ -67,6 +67,18 @@ _OURS = 0.005
 _OURS_ROWS = 0.3
 _OURS_GUIDANCE = 0.5
 
+_DATA = Method(
+    "this project",
+    metric="full",
+    damping=_OURS,
+    row_damping=_OURS_ROWS,
+    guidance=_OURS_GUIDANCE,
+    principal_start=True,
+    feedback=True,
+    sweeps=1,
+    follow_drift=True,
+)
+
 METHODS = {
     "loftq": Method("LoftQ, Algorithm 1 (arXiv 2310.08659)", "the published loop returns its last iterate"),
     "loftq-svd-first": Method("LoftQ, Table 6 (arXiv 2310.08659)", svd_first=True),
@@ -125,17 +137,8 @@ METHODS = {
         preserve=True,
         metric="full",
     ),
-    "loftq-data": Method(
-        "this project",
-        metric="full",
-        damping=_OURS,
-        row_damping=_OURS_ROWS,
-        guidance=_OURS_GUIDANCE,
-        principal_start=True,
-        feedback=True,
-        sweeps=1,
-        follow_drift=True,
-    ),
+    "loftq-data": _DATA,
+    "loftq-data-zero": replace(_DATA, difference="loftq-data from L = 0", principal_start=False),
     "auto": Method(
         "this project: the best of its candidates for each layer, under the objective of loftq-data",
         metric="full",
