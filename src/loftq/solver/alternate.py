@@ -78,13 +78,9 @@ class Search:
         self.norm = norm(weight) or 1.0
         self.whitened_norm = norm(metric.whiten(weight)) or 1.0
 
-    # Memory for all steps: a fresh large tensor costs more than what is computed into it.
     @cached_property
     def memory(self) -> Tensor:
-        return torch.empty_like(self.weight)
-
-    @cached_property
-    def residual_memory(self) -> Tensor:
+        """For what every step computes of the weight's size: a fresh large tensor costs more than what is written to it."""
         return torch.empty_like(self.weight)
 
     def run(self, steps: int) -> Found:
@@ -103,16 +99,14 @@ class Search:
             quantized = self.round(self.target, None)
         if steps == 0 and self.method.feedback:
             self.record(found, quantized, None)
-        residual = self.target if self.method.svd_first else self.residual(quantized)
+        svd_first = self.method.svd_first
         for step in range(1, steps + 1):
-            lowrank = self.fit(residual, lowrank)
-            if self.method.svd_first:
+            if lowrank is not None and step > 1 and not svd_first:
                 quantized = self.round(self.without(lowrank), quantized)
-            self.record(found, quantized, lowrank, None if self.method.svd_first else lowrank.remainder)
-            if not self.method.svd_first and step < steps:
+            lowrank = self.fit(self.target if svd_first and step == 1 else self.residual(quantized), lowrank)
+            if svd_first:
                 quantized = self.round(self.without(lowrank), quantized)
-            if step < steps:
-                residual = self.residual(quantized)
+            self.record(found, quantized, lowrank, None if svd_first else lowrank.remainder)
         return found
 
     def preserve(self, kept: int, plain: QuantizedTensor) -> tuple[QuantizedTensor, Adapter]:
@@ -159,12 +153,11 @@ class Search:
         return Adapter(left, right, found.basis, math.sqrt(rest) if rest > 1e-2 * total else None)
 
     def residual(self, quantized: QuantizedTensor) -> Tensor:
-        """The target without Q, in the search's own memory."""
-        memory = self.residual_memory
-        return torch.sub(self.target, quantized.dequantize(out=memory), out=memory)
+        """What the low-rank part is fitted to: the target without Q, in the search's memory."""
+        return torch.sub(self.target, quantized.dequantize(out=self.memory), out=self.memory)
 
     def without(self, lowrank: Adapter) -> Tensor:
-        """What is left to quantize: the target without L, in the search's own memory until the next iterate is recorded."""
+        """What is left to quantize: the target without L, in the search's memory."""
         return torch.addmm(self.target, lowrank.left, lowrank.right, alpha=-1, out=self.memory)
 
     def objective(self, dense: Tensor) -> float:
