@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loftq import QuantLinear, QuantSpec, WeightError
 from loftq.codec import storage_layout
+from loftq.modules import ops
 
 SPECS = [
     QuantSpec(2),
@@ -257,3 +258,30 @@ def test_layers_share_memory_but_not_results():
     (first.sum() + second.sum()).backward()
     torch.testing.assert_close(x.grad, dense_small.weight.sum(0).expand(2, -1))
     torch.testing.assert_close(y.grad, dense_large.weight.sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("codebook", ["lloyd", "lloyd-channel", "uniform"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(37, 200), (8, 64), (1, 130)])
+def test_tiles_of_any_size_give_the_dense_product(monkeypatch, out_features, in_features, codebook):
+    """Rows and columns that no tile divides, the shorter last block, levels of each row's own, zeros: y and the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    layer = QuantLinear.from_linear(nn.Linear(in_features, out_features), QuantSpec(3, codebook))
+    x = torch.randn(2, 9, in_features, generator=generator, requires_grad=True)
+    grad = torch.randn(2, 9, out_features, generator=generator)
+    dense = layer.dequantize().double()
+    for tile in (1, 4 * 5 * in_features, 1 << 30):
+        monkeypatch.setattr(ops, "TILE_BYTES", tile)
+        x.grad = None
+        y = layer(x)
+        y.backward(grad)
+        torch.testing.assert_close(y.double(), x.double() @ dense.T + layer.bias.double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.grad.double(), grad.double() @ dense, rtol=1e-5, atol=1e-5)
+        held = ops._memory.held.numel()
+        assert ops.workspace_bytes((out_features, in_features), 64, torch.float32) <= held
+
+
+def test_workspace_is_bounded_by_a_tile():
+    """A matrix of any size takes a tile; a row, or a block's columns, where even one of them is larger."""
+    assert ops.workspace_bytes((4096, 11008), 64, torch.bfloat16) <= ops.TILE_BYTES
+    assert ops.workspace_bytes((100, 30), 64, torch.float32) == 4 * 100 * 30
+    assert ops.workspace_bytes((50_000, 64), 64, torch.float32) == 4 * 50_000 * 64

@@ -128,7 +128,7 @@ def test_dense_copies_of_packed_weights():
     assert peak("cuda", "bfloat16") > peak("cpu", "bfloat16") > 2 * 6400
 
 
-def test_workspace_is_the_largest_packed_matrix():
+def test_workspace_is_the_largest_tile():
     spec = loftq.QuantSpec()
     layers = [packed_like(nn.Linear(*shape), spec) for shape in ((64, 32), (64, 100), (10, 10))]
     assert workspace_bytes(nn.ModuleList(layers), "cpu") == 4 * 64 * 100

@@ -45,8 +45,8 @@ def _np(tensor: Tensor | None) -> np.ndarray:
 
 
 def _rows_of(levels: Tensor) -> np.ndarray:
-    """Codebook or thresholds as the loops take them: a row for each row of the weight, or one for all."""
-    return _np(levels if levels.dim() == 2 else levels[None])
+    """Codebook or thresholds as the loops take them: float32, a row for each row of the weight, or one for all."""
+    return _np(levels.float() if levels.dim() == 2 else levels.float()[None])
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -65,12 +65,6 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     codes = torch.empty(packed.shape[0], in_features, dtype=torch.uint8)
     for_rows(cpu_pack.unpack_rows, codes.shape[0], codes.numel(), _np(packed), bits, codes.numpy())
     return codes
-
-
-def _tables(codebook: Tensor) -> np.ndarray:
-    """Levels as the unpacking loops take them: (1 or rows, at least 16), repeated where there are fewer."""
-    levels = codebook.float() if codebook.dim() == 2 else codebook.float()[None]
-    return _np(levels.repeat(1, max(1, 16 // levels.shape[1])))
 
 
 def _borders(thresholds: Tensor) -> np.ndarray:
@@ -121,7 +115,7 @@ def dequantize(
         whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
         return out.copy_(whole)
     target = out.view(_BITS_AS[dtype]).numpy()
-    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, in_features, begin, end, target)
+    args = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size, in_features, begin, end, target)
     for_rows(cpu_unpack.DEQUANTIZE_ROWS[bits], packed.shape[0], out.numel(), *args)
     return out
 
@@ -136,9 +130,13 @@ def product(
     if zero is not None:
         padded = torch.nn.functional.pad(inputs, (0, blocks * block_size - inputs.shape[1]))
         sums = _np(padded.view(-1, blocks, block_size).sum(-1))
+    loop, chunk = cpu_product.product_rows(bits, block_size)
+    whole = inputs.shape[1] // chunk * chunk if chunk else 0
+    chunked = inputs[:, :whole].unflatten(1, (-1, 16, 32 // bits)).transpose(2, 3).flatten(1) if whole else inputs
     out = torch.empty(x.shape[0], packed.shape[0])
-    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, _np(inputs), sums, out.numpy())
-    for_rows(cpu_product.PRODUCT_ROWS[bits], packed.shape[0], packed.shape[0] * inputs.numel(), *args)
+    stored = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size)
+    given = (_np(inputs), _np(chunked), whole, sums, out.numpy())
+    for_rows(loop, packed.shape[0], packed.shape[0] * inputs.numel(), *stored, *given)
     return out.to(x.dtype)
 
 
@@ -157,7 +155,7 @@ def grad_product(
     Rows are summed in a fixed number of chunks, so that the result does not depend on the number of threads.
     """
     out = torch.empty(_CHUNKS, grad.shape[0], in_features)
-    args = (_np(packed), _scales(scale), _tables(codebook), _scales(zero), block_size, _np(grad.float()), out.numpy())
+    args = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size, _np(grad.float()), out.numpy())
     for_rows(cpu_product.GRAD_ROWS[bits], _CHUNKS, grad.numel() * in_features, *args)
     return out.sum(0).to(grad.dtype)
 
@@ -169,7 +167,7 @@ def encode(
     if not _on_cpu(weight):
         return reference.encode(weight, scale, zero, codebook, thresholds, block_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    levels = (_tables(codebook), _borders(thresholds))
+    levels = (_rows_of(codebook), _borders(thresholds))
     args = (_np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
     for_rows(cpu_fit.ENCODE_ROWS[_bits_of(codebook)], weight.shape[0], weight.numel(), *args)
     return codes
@@ -196,7 +194,7 @@ def search_scale(
     if not _on_cpu(weight):
         return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    tensors = (_np(weight), _np(counts), _tables(codebook), _borders(thresholds), _np(factors))
+    tensors = (_np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
     loop = cpu_fit.SEARCH_SCALE_ROWS[_bits_of(codebook)]
     for_rows(loop, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
     return scale
@@ -217,7 +215,7 @@ def search_affine(
         return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
-    tensors = (_np(weight), _np(counts), _tables(codebook), _borders(thresholds), _np(factors))
+    tensors = (_np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
     out = (scale.numpy(), zero.numpy())
     for_rows(
         cpu_fit.SEARCH_AFFINE_ROWS[_bits_of(codebook)],

@@ -6,8 +6,8 @@ is ``s (1 + <e, q> / <q, q>)``, and it leaves ``s^2 (<e, e> - <e, q>^2 / <q, q>)
 small numbers, which float32 resolves where what is explained would be rounded by more than what is left. The candidate
 that leaves least wins. With ``importance`` every inner product is weighted by one number per column, what its error counts.
 
-``tables`` and ``borders`` (rows or 1, at least 16) float32 are the levels, repeated, and the borders between their cells,
-filled up with infinities. What is left of a row that does not divide by sixteen is padded with zeros that count nothing.
+``tables`` (rows or 1, 2^bits) and ``borders`` (rows or 1, at least 16) float32 are the levels and the borders between their
+cells, filled up with infinities. What is left of a row that does not divide by sixteen is padded with zeros that count nothing.
 """
 
 from collections.abc import Callable

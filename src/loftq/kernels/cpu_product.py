@@ -4,13 +4,16 @@ Arguments as in :mod:`loftq.kernels.cpu_unpack`; ``x`` (tokens, in) and ``grad``
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numba
 import numpy as np
 
 from loftq.kernels.cpu_unpack import LEVELS, OPTIONS, code_at
-from loftq.kernels.simd import add16, load16, multiply16, multiply_add16, scale_at, spread16, store16, sum16
+from loftq.kernels.simd import add16, load16, multiply16, multiply_add16, prefetch, scale_at, spread16, store16, sum16
+from loftq.kernels.simd_levels import LOAD_LEVELS, chunk_dot_of, spread_scales_of
 
+_AHEAD = 4096  # bytes: the processor's own prefetching ends with every page
 _FAST = {**OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -19,8 +22,18 @@ def _table_of(tables, r):
     return tables[min(r, tables.shape[0] - 1)]
 
 
-def _forward(bits: int) -> Callable[..., None]:
-    levels = LEVELS[bits]
+@cache
+def product_rows(bits: int, block_size: int) -> tuple[Callable[..., None], int]:
+    """The loop of a width and block size, and how many columns its chunks take together; 0 where it has none.
+
+    At 2 and 4 bits a word has a whole number of codes, and 64 bytes are multiplied at once, see ``chunk_dot_of``. What chunks
+    leave of a row, and rows of other widths, are taken sixteen codes at a time.
+    """
+    levels, load_levels = LEVELS[bits], LOAD_LEVELS[min(bits, 4)]
+    in_chunks = bits in (2, 4)
+    chunk = 16 * (32 // bits)
+    chunk_dot = chunk_dot_of(bits)
+    spread_scales = spread_scales_of(max(1, chunk // block_size))
 
     @numba.njit(inline="always")
     def rest_of_row(r, packed, scale, table, zero, block_size, x, sums, t):
@@ -36,10 +49,11 @@ def _forward(bits: int) -> Callable[..., None]:
         return found
 
     @numba.njit(**_FAST)
-    def product_rows(first, last, packed, scale, tables, zero, block_size, x, sums, out):
+    def loop(first, last, packed, scale, tables, zero, block_size, x, chunked, whole, sums, out):
         """out[t, r] = sum over i of W[r, i] x[t, i]. ``sums`` (tokens, blocks): of x over each block.
 
-        Two rows at a time, so that each part of x is loaded once for both and two sums are under way at once.
+        ``chunked`` (tokens, whole) has the first columns in the order of the chunks. Two rows at a time, so that each part
+        of x is loaded once for both and two sums are under way at once.
         """
         for r in range(first, last, 2):
             other = min(r + 1, last - 1)
@@ -49,21 +63,27 @@ def _forward(bits: int) -> Callable[..., None]:
                 inputs = x[t]
                 total_a = spread16(np.float32(0))
                 total_b = spread16(np.float32(0))
-                for b in range(x.shape[1] // block_size):
+                if in_chunks:
+                    levels_a, levels_b = load_levels(table_a), load_levels(table_b)
+                    for begin in range(0, whole, chunk):
+                        byte = begin * bits // 8
+                        prefetch(row_a, byte + _AHEAD)
+                        prefetch(row_b, byte + _AHEAD)
+                        dot_a = chunk_dot(levels_a, row_a, byte, chunked[t], begin)
+                        dot_b = chunk_dot(levels_b, row_b, byte, chunked[t], begin)
+                        total_a = multiply_add16(dot_a, spread_scales(scale, r, begin // block_size), total_a)
+                        total_b = multiply_add16(dot_b, spread_scales(scale, other, begin // block_size), total_b)
+                for b in range(whole // block_size, x.shape[1] // block_size):
                     begin = b * block_size
+                    prefetch(row_a, begin * bits // 8 + _AHEAD)
+                    prefetch(row_b, begin * bits // 8 + _AHEAD)
                     part = load16(inputs, begin)
                     dot_a = multiply16(levels(table_a, row_a, begin), part)
                     dot_b = multiply16(levels(table_b, row_b, begin), part)
-                    part = load16(inputs, begin + 16)
-                    dot_a = multiply_add16(levels(table_a, row_a, begin + 16), part, dot_a)
-                    dot_b = multiply_add16(levels(table_b, row_b, begin + 16), part, dot_b)
-                    for i in range(begin + 32, begin + block_size, 32):
+                    for i in range(begin + 16, begin + block_size, 16):
                         part = load16(inputs, i)
                         dot_a = multiply_add16(levels(table_a, row_a, i), part, dot_a)
                         dot_b = multiply_add16(levels(table_b, row_b, i), part, dot_b)
-                        part = load16(inputs, i + 16)
-                        dot_a = multiply_add16(levels(table_a, row_a, i + 16), part, dot_a)
-                        dot_b = multiply_add16(levels(table_b, row_b, i + 16), part, dot_b)
                     total_a = multiply_add16(dot_a, spread16(scale_at(scale, r, b)), total_a)
                     total_b = multiply_add16(dot_b, spread16(scale_at(scale, other, b)), total_b)
                 out[t, r] = sum16(total_a) + rest_of_row(r, packed, scale, table_a, zero, block_size, x, sums, t)
@@ -71,7 +91,7 @@ def _forward(bits: int) -> Callable[..., None]:
                     other, packed, scale, table_b, zero, block_size, x, sums, t
                 )
 
-    return product_rows
+    return loop, max(chunk, block_size) if in_chunks else 0
 
 
 def _backward(bits: int) -> Callable[..., None]:
@@ -135,5 +155,4 @@ def _backward(bits: int) -> Callable[..., None]:
     return grad_rows
 
 
-PRODUCT_ROWS = {bits: _forward(bits) for bits in (2, 3, 4, 8)}
 GRAD_ROWS = {bits: _backward(bits) for bits in (2, 3, 4, 8)}

@@ -4,7 +4,7 @@ Layout (see ``codec.packing``): codes of a row form a little-endian bit stream t
 holds a multiple of 32 codes, so every block and every group of sixteen starts at a byte boundary as well. Sixteen values are
 made at a time; what is left of a row, one by one.
 
-``tables`` (rows or 1, at least 16) float32 are the levels, repeated to sixteen; ``scale`` and ``zero`` (rows, blocks) are
+``tables`` (rows or 1, 2^bits) float32 are the levels; ``scale`` and ``zero`` (rows, blocks) are
 float32, or uint16 with float16's bits; ``out`` (rows, in), or the columns of the blocks from
 ``begin_block`` to ``end_block``, is float32, uint16 with bfloat16's bits, or int16 with
 float16's.

@@ -70,6 +70,21 @@ def load16(typingctx: Any, array: Any, i: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, array: Any, i: Any) -> Any:
+    """Ask for the memory of element ``i``, which may lie behind the array's end."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = ir.PointerType(_I8)
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        address = pointer(context, builder, signature.args[0], args[0], args[1], _I8)
+        builder.call(function, [address, _I32(0), _I32(3), _I32(1)])  # to read, into every cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
 def store16(typingctx: Any, array: Any, i: Any, value: Any) -> Any:
     """Elements i to i + 15 of an array, rounded to nearest even: float32; uint16 for bfloat16's bits, int16 for float16's."""
     stored_as = getattr(array, "dtype", None)

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from loftq.kernels.simd import FLOATS, INTS, LANES, constant, floats16, ints16, load, load16, pointer, spread, undefined
+from loftq.kernels.simd import FLOATS, INTS, LANES, constant, floats16, ints16, load, pointer, spread, undefined
 
 _F32, _I64, _I32, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
@@ -78,7 +78,7 @@ def lookup_by(permutation: str) -> Callable[..., Any]:
     @intrinsic
     def lookup(typingctx: Any, table: Any, codes: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return {"avx512": _permute_512, "avx2": _permute_256, "select": _select}[permutation](builder, *args)
+            return _LOOKUPS[permutation](builder, *args)
 
         return floats16(floats16, ints16), codegen
 
@@ -113,6 +113,7 @@ def _select(builder: Any, table: Any, codes: Any) -> Any:
     return level[0]
 
 
+_LOOKUPS = {"avx512": _permute_512, "avx2": _permute_256, "select": _select}
 lookup16 = lookup_by(PERMUTATION)
 
 
@@ -166,7 +167,7 @@ def nearest_by(bits: int, permutation: str) -> Callable[..., Any]:
                     for k in range(2**bits - 1):
                         code = above(code, spread(builder, builder.extract_element(table, _I32(k)), FLOATS), 1)
                     return code
-                permute = {"avx512": _permute_512, "avx2": _permute_256}[permutation]
+                permute = _LOOKUPS[permutation]
             else:
                 table = context.make_array(kind)(context, builder, args[0]).data
             for step in (2**b for b in range(bits - 1, -1, -1)):
@@ -195,10 +196,82 @@ def store_codes16(typingctx: Any, array: Any, i: Any, codes: Any) -> Any:
     return types.void(array, types.int64, ints16), codegen
 
 
+def _load_levels_of(bits: int) -> Callable[..., Any]:
+    """``load_levels(table)``: the 2^bits levels of a float32 array, repeated to sixteen."""
+
+    @intrinsic
+    def load_levels(typingctx: Any, table: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.VectorType(_F32, 2**bits)
+            found = load(builder, pointer(context, builder, signature.args[0], args[0], _I64(0), kind), 4)
+            return builder.shuffle_vector(found, undefined(kind), constant([k % 2**bits for k in range(LANES)]))
+
+        return floats16(table), codegen
+
+    return load_levels
+
+
+def chunk_dot_of(bits: int) -> Callable[..., Any]:
+    """``chunk_dot(levels, row, byte, inputs, i)``: the levels of 64 packed bytes times their inputs, summed within lanes.
+
+    The bytes are sixteen words, one a lane, of 32 / bits codes each: code k of all words is looked up at once, without
+    taking a word apart. So ``inputs`` from ``i`` on has the first input of every word, then the second of every word, ...
+    """
+
+    @intrinsic
+    def chunk_dot(typingctx: Any, levels: Any, row: Any, byte: Any, inputs: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            table, packed, byte, x, i = args
+            words = load(builder, pointer(context, builder, signature.args[1], packed, byte, INTS), 1)
+            add = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(FLOATS, [FLOATS] * 3), "llvm.fmuladd.v16f32"
+            )
+            sums = [ir.Constant(FLOATS, [0.0] * LANES)] * 2  # two, so that one need not wait for the other
+            for k in range(32 // bits):
+                at = builder.add(i, _I64(LANES * k))
+                part = load(builder, pointer(context, builder, signature.args[3], x, at, FLOATS), 4)
+                level = _LOOKUPS[PERMUTATION](builder, table, builder.lshr(words, constant([bits * k] * LANES)))
+                sums[k % 2] = builder.call(add, [level, part, sums[k % 2]])
+            return builder.fadd(*sums)
+
+        return floats16(floats16, row, types.int64, inputs, types.int64), codegen
+
+    return chunk_dot
+
+
+def spread_scales_of(count: int) -> Callable[..., Any]:
+    """``spread_scales(scales, r, b)``: ``count`` scales of row r from block b on, each in as many lanes as the others."""
+
+    @intrinsic
+    def spread_scales(typingctx: Any, scales: Any, r: Any, b: Any) -> Any:
+        is_half = getattr(scales, "dtype", None) == types.uint16
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            array, r, b = args
+            kind = signature.args[0]
+            columns = builder.extract_value(context.make_array(kind)(context, builder, array).shape, 1)
+            index = builder.add(builder.mul(r, columns), b)
+            stored = ir.VectorType(ir.HalfType() if is_half else _F32, count)
+            found = load(builder, pointer(context, builder, kind, array, index, stored), 2)
+            if is_half:
+                found = builder.fpext(found, ir.VectorType(_F32, count))
+            lanes = constant([lane * count // LANES for lane in range(LANES)])
+            return builder.shuffle_vector(found, undefined(found.type), lanes)
+
+        return floats16(scales, types.int64, types.int64), codegen
+
+    return spread_scales
+
+
+LOAD_LEVELS = {bits: _load_levels_of(bits) for bits in (2, 3, 4)}
+
+
 def _values(bits: int) -> Callable[..., Any]:
+    load_levels = LOAD_LEVELS[min(bits, 4)]
+
     @numba.njit(inline="always")
     def values(table: Any, codes: Any) -> Any:
-        return lookup16(load16(table, 0), codes)
+        return lookup16(load_levels(table), codes)
 
     @numba.njit(inline="always")
     def values_8bit(table: Any, codes: Any) -> Any:
@@ -208,4 +281,4 @@ def _values(bits: int) -> Callable[..., Any]:
 
 
 VALUES = {bits: _values(bits) for bits in (2, 3, 4, 8)}
-"""bits -> ``values(table, codes)``: the level of each lane's code, from a table of at least sixteen."""
+"""bits -> ``values(table, codes)``: the level of each lane's code, from a table of 2^bits."""

@@ -43,6 +43,15 @@ def _tiles(count: int, nbytes: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
+def workspace_bytes(shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> int:
+    """What the largest tile of a (rows, columns) matrix takes, of rows or of columns."""
+    rows, columns = shape
+    of_rows = _tiles(rows, columns * dtype.itemsize)
+    of_blocks = _tiles(-(-columns // block_size), rows * block_size * dtype.itemsize)
+    widest = max(min(last * block_size, columns) - first * block_size for first, last in of_blocks)
+    return dtype.itemsize * max(columns * max(last - first for first, last in of_rows), rows * widest)
+
+
 def _few(x: Tensor, features: int) -> bool:
     exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
     return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features

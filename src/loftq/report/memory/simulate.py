@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
-from loftq.modules import PackedWeight
+from loftq.modules import PackedWeight, ops
 from loftq.modules.ops import plain_scales
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
@@ -206,8 +206,8 @@ def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
 
 
 def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> int:
-    """The memory that packed layers share on the CPU: the size of the largest in ``dtype``, that of the products; see
+    """The memory that packed layers share on the CPU: the largest tile in ``dtype``, that of the products; see
     :mod:`loftq.modules.ops`."""
-    shapes = [m.matrix_shape for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
-    largest = max((rows * columns for rows, columns in shapes), default=0)
-    return dtype.itemsize * largest if device == "cpu" else 0
+    layers = [m for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
+    largest = max((ops.workspace_bytes(m.matrix_shape, m.spec.block_size, dtype) for m in layers), default=0)
+    return largest if device == "cpu" else 0
