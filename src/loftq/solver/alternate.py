@@ -209,7 +209,7 @@ class _Found:
 
     def dense(self, weight: Tensor) -> Tensor:
         dense = self.quantized.dequantize()
-        return dense if self.lowrank is None else dense + self.lowrank.left @ self.lowrank.right
+        return dense if self.lowrank is None else (self.lowrank.left @ self.lowrank.right).add_(dense)
 
 
 class _Search:
@@ -248,15 +248,15 @@ class _Search:
             quantized = self.round(self.target, None)
         if steps == 0 and self.method.feedback:
             self.record(found, quantized, None)
-        residual = self.target if self.method.svd_first else self.target - quantized.dequantize()
+        svd_first = self.method.svd_first
         for step in range(1, steps + 1):
-            lowrank = self.fit(residual, lowrank)
-            if self.method.svd_first:
+            if lowrank is not None and step > 1 and not svd_first:
                 quantized = self.round(self.without(lowrank), quantized)
-            self.record(found, quantized, lowrank, None if self.method.svd_first else lowrank.remainder)
-            if not self.method.svd_first and step < steps:
+            # not kept in a variable: it is as large as the weight
+            lowrank = self.fit(self.target if svd_first and step == 1 else self.residual(quantized), lowrank)
+            if svd_first:
                 quantized = self.round(self.without(lowrank), quantized)
-            residual = self.target - quantized.dequantize()
+            self.record(found, quantized, lowrank, None if svd_first else lowrank.remainder)
         return found
 
     def preserve(self, kept: int, plain: QuantizedTensor) -> tuple[QuantizedTensor, _LowRank]:
@@ -302,6 +302,11 @@ class _Search:
         rest = total - found.energy
         return _LowRank(left, right, found.basis, math.sqrt(rest) if rest > 1e-4 * total else None)
 
+    def residual(self, quantized: QuantizedTensor) -> Tensor:
+        """What the low-rank part is fitted to: the target without Q."""
+        dense = quantized.dequantize()
+        return torch.sub(self.target, dense, out=dense)
+
     def without(self, lowrank: _LowRank) -> Tensor:
         """What is left to quantize: the target without L."""
         return torch.addmm(self.target, lowrank.left, lowrank.right, alpha=-1)
@@ -314,9 +319,10 @@ class _Search:
     ) -> None:
         """Add an iterate's errors, and keep it if it is the best so far; its objective may be known already."""
         dense = replace(found, quantized=quantized, lowrank=lowrank).dense(self.weight)
-        error = _norm(self.weight - dense) / self.norm
+        unweighted = self.metric.factor is None
+        error = _norm(torch.sub(self.weight, dense, out=dense if unweighted else None)) / self.norm
         found.errors.append(error)
-        if self.metric.factor is None:
+        if unweighted:
             found.objectives.append(error)
         else:
             found.objectives.append(self.objective(dense) if remainder is None else remainder / self.whitened_norm)
