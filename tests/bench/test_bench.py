@@ -98,7 +98,7 @@ def test_packed_matrices_are_what_is_timed(monkeypatch):
     def once(candidates, repeats, **_):
         for name, candidate in candidates.items():
             results[name] = candidate().clone()
-        return {name: (1.0,) for name in candidates}
+        return dict.fromkeys(candidates, (1.0,))
 
     monkeypatch.setattr(dequantize, "in_turns", once)
     next(dequantize.run(QUICK))
@@ -108,7 +108,7 @@ def test_packed_matrices_are_what_is_timed(monkeypatch):
         "2 bits": 0.35,
         "3 bits": 0.18,
         "4 bits": 0.095,
-        "8 bits": 0.01,
+        "8 bits": 0.008,
     }  # about what such a matrix is rounded by
     for name, largest in expected.items():
         torch.testing.assert_close(results[name], results[f"{name}, fresh"], rtol=0, atol=0)
@@ -155,6 +155,7 @@ def test_without_the_model(monkeypatch):
 def test_missed_bounds_are_a_result_and_no_error(monkeypatch, tmp_path):
     """Full mode with a small matrix: bounds are judged, printed, and saved."""
     monkeypatch.setattr(dequantize, "SIZE", 128)
+    monkeypatch.setattr(Options, "seconds", 0.0)
     monkeypatch.setattr("loftq.bench.run.THREADS", torch.get_num_threads())
     impossible = (
         Bound("dequantize", "to float32", "2 bits", at_most=1e-12),
@@ -182,7 +183,7 @@ def test_missed_bounds_are_a_result_and_no_error(monkeypatch, tmp_path):
     [
         (Options(quick=True), 2, "full shapes"),
         (Options(repeats=3), 2, "at least 7 repeats"),
-        (Options(), 5, "5 threads"),
+        (Options(), 5, "for 2 threads, here are 5"),
         (Options(), 2, None),
     ],
 )

@@ -29,7 +29,6 @@ def in_turns(
         candidate()
     found: dict[str, list[float]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         began = time.perf_counter()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITE]...", help="dequantize, linear, solver, model.", show_default="all"),
+        typer.Argument(metavar="[SUITE]...", help="dequantize, linear, solver, model; all by default.", show_default="all"),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of every candidate, at least.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, to see that everything runs.")] = False,
