@@ -1,11 +1,8 @@
-"""What every benchmark here shares: where real data lies, side-by-side timing, and results as JSON."""
+"""What every benchmark here shares: where real data lies, and results as JSON."""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -26,19 +23,6 @@ def save(name: str, command: str, data: dict[str, Any]) -> None:
     record = {"command": command, "machine": machine(), "versions": versions(), **data}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"-> {RESULTS / name}.json")
-
-
-def medians(functions: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
-    """Median seconds of each function, taken in turns so that a noisy minute hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():  # compiled loops and allocators warm up
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def between(page: Path, marks: tuple[str, str], text: str, *, check: bool) -> int:

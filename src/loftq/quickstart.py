@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loftq.calibrate.choose import collect_statistics
+from loftq.command import run_loftq
 from loftq.compare import merged
 from loftq.config import LoftQConfig
-from loftq.errors import LoftQError, OutputError, SourceError
+from loftq.errors import OutputError, SourceError
 from loftq.evaluate.models import default_window, encode, load_for_inference, load_tokenizer
 from loftq.evaluate.perplexity import perplexity
 from loftq.evaluate.text import BUILTIN, builtin_text
@@ -169,7 +168,7 @@ def run(
         shutil.rmtree(out, ignore_errors=True)
         options = ["quantize", source, "--out", str(out), "--rank", str(rank), *variant.options]
         options += ["--statistics", str(statistics)] if variant.data else []
-        report = _run_loftq([*options, "--json", "--no-resume"])
+        report = run_loftq([*options, "--json", "--no-resume"])
         value, deviation = measure(str(out), variant.label)
         totals, timing = report["totals"], report["timing"]
         row = Row(
@@ -212,17 +211,6 @@ def _default_model() -> Path:
     from loftq.checkpoint.default_model import default_model_dir
 
     return default_model_dir()
-
-
-def _run_loftq(arguments: list[str]) -> dict[str, Any]:
-    """Run the command line in a new process and return the JSON it prints."""
-    command = [sys.executable, "-c", "from loftq.cli import main; main()", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise LoftQError(
-            f"`loftq {shlex.join(arguments)}` failed with exit code {done.returncode}; see its message above"
-        )
-    return json.loads(done.stdout)
 
 
 def _checkpoint_size(model: str) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loftq.checkpoint.naming import missing_parameters, model_names
 from loftq.checkpoint.source import SINGLE, Source
 from loftq.codec import QuantizedTensor
+from loftq.codec.blockwise import all_finite
 from loftq.codec.qtensor import TensorInfo, storage_layout
 from loftq.config import LoftQConfig
 from loftq.errors import ConfigError, SourceError, WeightError
@@ -101,7 +102,7 @@ class Unit:
         """The unit's tensors under their output names, and its record, from the tensor as it was read."""
         if self.plan is None:
             # a tensor that the model does not know may be a mask with -inf
-            if self.known and tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            if self.known and tensor.is_floating_point() and not all_finite(tensor):
                 raise WeightError(
                     f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
                 )

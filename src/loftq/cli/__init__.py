@@ -7,6 +7,7 @@ import sys
 import typer
 
 from loftq.cli.ablate import ablate
+from loftq.cli.bench import bench
 from loftq.cli.calibrate import calibrate
 from loftq.cli.compare import compare
 from loftq.cli.data import data
@@ -45,6 +46,7 @@ for _verb in (
     reproduce,
     generate,
     export,
+    bench,
 ):
     app.command()(_verb)
 app.add_typer(data, name="data")

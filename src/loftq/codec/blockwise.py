@@ -29,6 +29,20 @@ _FACTORS = {2: (0.30, 8), 3: (0.50, 8), 4: (0.65, 8), 8: (0.92, 3)}
 _COMFORTABLE = (2.0**-6, 2.0**12)
 
 
+_CHECKED = 1 << 22  # elements looked at together in all_finite
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether float32 holds every element as a finite number.
+
+    A few rows at a time: ``isfinite`` of the whole takes several times its memory, which would be the peak of a run.
+    """
+    rows = max(1, _CHECKED * tensor.shape[0] // max(1, tensor.numel())) if tensor.dim() else 1
+    parts = tensor.split(rows) if tensor.dim() and tensor.numel() else (tensor,)
+    # NaN passes through both extremes
+    return all(bool(torch.isfinite(torch.stack(part.float().aminmax())).all()) for part in parts if part.numel())
+
+
 def check_weight(weight: Tensor) -> None:
     """Refuse what cannot be quantized.
 
@@ -40,10 +54,10 @@ def check_weight(weight: Tensor) -> None:
         raise WeightError(f"weight is {got}, expected a floating-point matrix (out_features, in_features)")
     if weight.numel() == 0:
         raise WeightError(f"weight has shape {tuple(weight.shape)}, expected at least one element")
-    finite = torch.isfinite(weight.float())  # a float64 weight may be too large for float32
-    if not finite.all():
+    if not all_finite(weight):
         nan = int(weight.isnan().sum())
-        infinite = int((~finite).sum()) - nan
+        # a float64 weight may be too large for float32
+        infinite = int((~torch.isfinite(weight.float())).sum()) - nan
         raise WeightError(
             f"weight of shape {tuple(weight.shape)} has {nan} NaN and {infinite} infinite elements, expected finite "
             f"numbers; check the source checkpoint"
