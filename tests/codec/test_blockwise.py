@@ -330,10 +330,10 @@ def test_nan_and_infinity_are_refused_and_counted(dtype):
 
 def test_large_weights_are_checked_in_parts():
     """Elements beyond the first part count, and no copy of the whole is made."""
-    weight = torch.zeros(4096, 2048, dtype=torch.bfloat16)
+    weight = torch.zeros(8192, 4096, dtype=torch.bfloat16)
     with LiveBytes() as memory:
         check_weight(weight)
-    assert memory.peak <= weight.nbytes, memory.peak  # a part is an eighth of it in float32
+    assert memory.peak < weight.nbytes / 3, memory.peak  # a part in float32 is a quarter of it
     assert all_finite(weight.T)
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight[-1, -1] = bad
