@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from live_bytes import LiveBytes
 from loftq.codec import QuantizedTensor, quantize
+from loftq.codec.blockwise import all_finite, check_weight
 from loftq.config import BITS, CODEBOOKS, PUBLISHED, SCALE_DTYPES, SCALES, QuantSpec
 from loftq.errors import WeightError
 
@@ -324,6 +326,21 @@ def test_nan_and_infinity_are_refused_and_counted(dtype):
     weight[2, 6] = -torch.inf
     with pytest.raises(WeightError, match=r"shape \(4, 80\) has 3 NaN and 2 infinite elements"):
         quantize(weight, QuantSpec())
+
+
+def test_large_weights_are_checked_in_parts():
+    """Elements beyond the first part count, and no copy of the whole is made."""
+    weight = torch.zeros(8192, 4096, dtype=torch.bfloat16)
+    with LiveBytes() as memory:
+        check_weight(weight)
+    assert memory.peak < weight.nbytes / 3, memory.peak  # a part in float32 is a quarter of it
+    assert all_finite(weight.T)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        weight[-1, -1] = bad
+        assert not all_finite(weight)
+        assert not all_finite(weight.T)
+    assert all_finite(torch.empty(0, 3))
+    assert [all_finite(torch.tensor(x)) for x in (1.0, torch.nan)] == [True, False]
 
 
 def test_float64_beyond_float32_is_refused():

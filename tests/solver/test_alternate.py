@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import transcription
+from live_bytes import LiveBytes
 from loftq.codec import quantize
 from loftq.config import BITS, CODEBOOKS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
@@ -363,3 +364,13 @@ def test_non_finite_weight_is_refused():
     weight[1, 2] = torch.nan
     with pytest.raises(WeightError, match="1 NaN and 0 infinite"):
         decompose(weight, QuantSpec(), rank=2)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("method", ["loftq", "loftq-svd-first"])
+def test_work_space(method, bits):
+    """Two matrices of the weight's size beside it, codes of a byte an element, and thin factors."""
+    weight = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    with LiveBytes() as memory:
+        decompose(weight, QuantSpec(bits), rank=16, num_iter=3, method=method)
+    assert memory.peak < 3 * weight.nbytes, memory.peak / weight.nbytes

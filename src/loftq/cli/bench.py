@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SUITE]...", help="dequantize, linear, solver, model; all by default.", show_default="all"),
+        typer.Argument(
+            metavar="[SUITE]...", help="dequantize, linear, solver, model; all by default.", show_default="all"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Repeats of every candidate, at least.")] = 7,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, to see that everything runs.")] = False,
@@ -52,7 +54,10 @@ def bench(
         cases = [case for case in bench.cases if case.suite == suite]
         if cases:
             screen.print(f"{suite}: {bench.title(suite)}")
-            screen.print(table(COLUMNS, [row for case in cases for row in _rows(case, bench.judged)]))
+            rows = [row for case in cases for row in _rows(case, bench.judged)]
+            filled = [i for i, _ in enumerate(COLUMNS) if any(row[i] for row in rows)]
+            columns = {name: justify for i, (name, justify) in enumerate(COLUMNS.items()) if i in filled}
+            screen.print(table(columns, [[row[i] for i in filled] for row in rows]))
     if bench.judged:
         met = sum(judged.met is True for judged in bench.judged)
         missed = sum(judged.met is False for judged in bench.judged)
