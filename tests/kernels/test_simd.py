@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
 
 from loftq.kernels import simd, simd_levels
 
-CODES = {2: simd_levels.codes_2bit, 3: simd_levels.codes_3bit, 4: simd_levels.codes_4bit}
+BITS = (2, 3, 4)
 
 
 def ways() -> list[str]:
@@ -18,14 +22,15 @@ def ways() -> list[str]:
 
 
 @pytest.mark.parametrize("way", ways())
-@pytest.mark.parametrize("bits", CODES)
+@pytest.mark.parametrize("bits", BITS)
 def test_levels_by_every_way(bits, way):
-    codes, lookup, load16, store16 = CODES[bits], simd_levels.lookup_by(way), simd.load16, simd.store16
+    codes, lookup, load16, store16 = simd_levels.codes16, simd_levels.lookup_by(way), simd.load16, simd.store16
+    width = simd_levels.WIDTHS[bits]
 
     @numba.njit
     def levels(row, table, out):
         for i in range(0, out.shape[0], 16):
-            store16(out, i, lookup(load16(table, 0), codes(row, i)))
+            store16(out, i, lookup(load16(table, 0), codes(width, row, i)))
 
     generator = np.random.default_rng(0)
     expected = generator.integers(0, 2**bits, 96)
@@ -41,12 +46,13 @@ def test_levels_by_every_way(bits, way):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_nearest_by_every_way(bits, way):
     """The number of borders below, also for numbers on a border, beyond all of them, and between equal ones."""
-    nearest, load16, store_codes16 = simd_levels.nearest_by(bits, way), simd.load16, simd_levels.store_codes16
+    nearest, load16, store_codes16 = simd_levels.nearest_by(way), simd.load16, simd_levels.store_codes16
+    width = simd_levels.WIDTHS[bits]
 
     @numba.njit
     def codes(x, borders, out):
         for i in range(0, out.shape[0], 16):
-            store_codes16(out, i, nearest(borders, load16(x, i)))
+            store_codes16(out, i, nearest(width, borders, load16(x, i)))
 
     generator = np.random.default_rng(0)
     borders = np.sort(generator.normal(size=2**bits - 1)).astype(np.float32)
@@ -72,3 +78,21 @@ def test_bfloat16_is_rounded_to_nearest_even():
 
     expected = torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
     assert np.array_equal(out, expected)
+
+
+def test_compiled_loops_are_found_again(tmp_path):
+    """A second process compiles nothing: what the first one kept on disk has the same name there."""
+    script = (
+        "import torch\n"
+        "from loftq import QuantLinear, QuantSpec\n"
+        "for bits in (2, 3):\n"
+        "    layer = QuantLinear.from_linear(torch.nn.Linear(256, 8), QuantSpec(bits))\n"
+        "    for tokens in (1, 9):\n"
+        "        layer(torch.randn(tokens, 256, requires_grad=True)).sum().backward()\n"
+    )
+    found = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)})
+        found.append(sorted(path.name for path in tmp_path.rglob("*.nbc")))
+    assert len(found[0]) > 4
+    assert found[1] == found[0]

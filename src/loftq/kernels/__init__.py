@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_unpack, reference
 from loftq.kernels.reference import packed_row_bytes
+from loftq.kernels.simd_levels import WIDTHS
 from loftq.kernels.threads import for_rows
 
 __all__ = [
@@ -73,8 +74,8 @@ def _borders(thresholds: Tensor) -> np.ndarray:
     return _np(torch.nn.functional.pad(rows, (0, max(16, rows.shape[1] + 1) - rows.shape[1]), value=float("inf")))
 
 
-def _bits_of(codebook: Tensor) -> int:
-    return codebook.shape[-1].bit_length() - 1
+def _width_of(codebook: Tensor) -> tuple[int, ...]:
+    return WIDTHS[codebook.shape[-1].bit_length() - 1]
 
 
 def _scales(stored: Tensor | None) -> np.ndarray:
@@ -115,8 +116,9 @@ def dequantize(
         whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
         return out.copy_(whole)
     target = out.view(_BITS_AS[dtype]).numpy()
-    args = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size, in_features, begin, end, target)
-    for_rows(cpu_unpack.DEQUANTIZE_ROWS[bits], packed.shape[0], out.numel(), *args)
+    stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
+    args = (*stored, block_size, in_features, begin, end, target)
+    for_rows(cpu_unpack.dequantize_rows, packed.shape[0], out.numel(), *args)
     return out
 
 
@@ -130,13 +132,14 @@ def product(
     if zero is not None:
         padded = torch.nn.functional.pad(inputs, (0, blocks * block_size - inputs.shape[1]))
         sums = _np(padded.view(-1, blocks, block_size).sum(-1))
-    loop, chunk = cpu_product.product_rows(bits, block_size)
+    chunk = cpu_product.chunk_columns(bits, block_size)
     whole = inputs.shape[1] // chunk * chunk if chunk else 0
     chunked = inputs[:, :whole].unflatten(1, (-1, 16, 32 // bits)).transpose(2, 3).flatten(1) if whole else inputs
     out = torch.empty(x.shape[0], packed.shape[0])
-    stored = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size)
+    each = (0,) * max(1, 512 // bits // block_size)
+    stored = (WIDTHS[bits], each, _np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size)
     given = (_np(inputs), _np(chunked), whole, sums, out.numpy())
-    for_rows(loop, packed.shape[0], packed.shape[0] * inputs.numel(), *stored, *given)
+    for_rows(cpu_product.product_rows, packed.shape[0], packed.shape[0] * inputs.numel(), *stored, *given)
     return out.to(x.dtype)
 
 
@@ -155,8 +158,9 @@ def grad_product(
     Rows are summed in a fixed number of chunks, so that the result does not depend on the number of threads.
     """
     out = torch.empty(_CHUNKS, grad.shape[0], in_features)
-    args = (_np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size, _np(grad.float()), out.numpy())
-    for_rows(cpu_product.GRAD_ROWS[bits], _CHUNKS, grad.numel() * in_features, *args)
+    stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
+    args = (*stored, block_size, _np(grad.float()), out.numpy())
+    for_rows(cpu_product.grad_rows, _CHUNKS, grad.numel() * in_features, *args)
     return out.sum(0).to(grad.dtype)
 
 
@@ -168,8 +172,8 @@ def encode(
         return reference.encode(weight, scale, zero, codebook, thresholds, block_size)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     levels = (_rows_of(codebook), _borders(thresholds))
-    args = (_np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
-    for_rows(cpu_fit.ENCODE_ROWS[_bits_of(codebook)], weight.shape[0], weight.numel(), *args)
+    args = (_width_of(codebook), _np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
+    for_rows(cpu_fit.encode_rows, weight.shape[0], weight.numel(), *args)
     return codes
 
 
@@ -194,9 +198,8 @@ def search_scale(
     if not _on_cpu(weight):
         return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    tensors = (_np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
-    loop = cpu_fit.SEARCH_SCALE_ROWS[_bits_of(codebook)]
-    for_rows(loop, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
+    tensors = (_width_of(codebook), _np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
+    for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
     return scale
 
 
@@ -215,17 +218,9 @@ def search_affine(
         return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
     scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
-    tensors = (_np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
-    out = (scale.numpy(), zero.numpy())
-    for_rows(
-        cpu_fit.SEARCH_AFFINE_ROWS[_bits_of(codebook)],
-        weight.shape[0],
-        weight.numel(),
-        *tensors,
-        refine,
-        block_size,
-        *out,
-    )
+    tensors = (_width_of(codebook), _np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
+    args = (*tensors, refine, block_size, scale.numpy(), zero.numpy())
+    for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *args)
     return scale, zero
 
 

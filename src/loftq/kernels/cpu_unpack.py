@@ -4,20 +4,16 @@ Layout (see ``codec.packing``): codes of a row form a little-endian bit stream t
 holds a multiple of 32 codes, so every block and every group of sixteen starts at a byte boundary as well. Sixteen values are
 made at a time; what is left of a row, one by one.
 
-``tables`` (rows or 1, 2^bits) float32 are the levels; ``scale`` and ``zero`` (rows, blocks) are
-float32, or uint16 with float16's bits; ``out`` (rows, in), or the columns of the blocks from
-``begin_block`` to ``end_block``, is float32, uint16 with bfloat16's bits, or int16 with
-float16's.
+``width`` is a tuple as long as a code has bits, see :mod:`loftq.kernels.simd_levels`. ``tables`` (rows or 1, 2^bits) float32
+are the levels; ``scale`` and ``zero`` (rows, blocks) are float32, or uint16 with float16's bits; ``out`` (rows, in), or the
+columns of the blocks from ``begin_block`` to ``end_block``, is float32, uint16 with bfloat16's bits, or int16 with float16's.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import numba
 import numpy as np
 
 from loftq.kernels.simd import add16, multiply16, scale_at, spread16, store16
-from loftq.kernels.simd_levels import VALUES, codes_2bit, codes_3bit, codes_4bit, codes_8bit
+from loftq.kernels.simd_levels import codes16, levels16
 
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -33,53 +29,28 @@ def code_at(row, bits, i):
     return (word >> np.uint32(bit & 7)) & np.uint32((1 << bits) - 1)
 
 
-def _levels(bits: int, codes: Callable[..., Any]) -> Callable[..., Any]:
-    values = VALUES[bits]
-
-    @numba.njit(inline="always")
-    def levels(table, row, i):
-        return values(table, codes(row, i))
-
-    return levels
-
-
-LEVELS: dict[int, Callable[..., Any]] = {
-    2: _levels(2, codes_2bit),
-    3: _levels(3, codes_3bit),
-    4: _levels(4, codes_4bit),
-    8: _levels(8, codes_8bit),
-}
-"""bits -> ``levels(table, row, i)``: the levels of codes i to i + 15 of a packed row."""
-
-
-def _loop(bits: int) -> Callable[..., None]:
-    levels = LEVELS[bits]
-
-    @numba.njit(**OPTIONS)
-    def dequantize_rows(first, last, packed, scale, tables, zero, block_size, in_features, begin_block, end_block, out):
-        has_zero = zero.shape[0] > 0
-        lanes = np.empty(16, out.dtype)
-        skipped = begin_block * block_size
-        for r in range(first, last):
-            table = tables[min(r, tables.shape[0] - 1)]
-            row = packed[r]
-            target = out[r]
-            for b in range(begin_block, end_block):
-                s = scale_at(scale, r, b)
-                z = scale_at(zero, r, b) * table[1] if has_zero else np.float32(0)
-                begin = b * block_size
-                end = min(begin + block_size, in_features)
-                whole = begin + (end - begin) // 16 * 16
-                for i in range(begin, whole, 16):
-                    value = levels(table, row, i)
-                    if has_zero:
-                        value = add16(value, spread16(z))
-                    store16(target, i - skipped, multiply16(value, spread16(s)))
-                for i in range(whole, end):
-                    store16(lanes, 0, spread16((table[code_at(row, bits, i)] + z) * s))
-                    target[i - skipped] = lanes[0]
-
-    return dequantize_rows
-
-
-DEQUANTIZE_ROWS = {bits: _loop(bits) for bits in (2, 3, 4, 8)}
+@numba.njit(**OPTIONS)
+def dequantize_rows(
+    first, last, width, packed, scale, tables, zero, block_size, in_features, begin_block, end_block, out
+):
+    has_zero = zero.shape[0] > 0
+    lanes = np.empty(16, out.dtype)
+    skipped = begin_block * block_size
+    for r in range(first, last):
+        table = tables[min(r, tables.shape[0] - 1)]
+        row = packed[r]
+        target = out[r]
+        for b in range(begin_block, end_block):
+            s = scale_at(scale, r, b)
+            z = scale_at(zero, r, b) * table[1] if has_zero else np.float32(0)
+            begin = b * block_size
+            end = min(begin + block_size, in_features)
+            whole = begin + (end - begin) // 16 * 16
+            for i in range(begin, whole, 16):
+                value = levels16(width, table, codes16(width, row, i))
+                if has_zero:
+                    value = add16(value, spread16(z))
+                store16(target, i - skipped, multiply16(value, spread16(s)))
+            for i in range(whole, end):
+                store16(lanes, 0, spread16((table[code_at(row, len(width), i)] + z) * s))
+                target[i - skipped] = lanes[0]
