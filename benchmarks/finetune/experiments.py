@@ -309,7 +309,7 @@ def stories() -> Experiment:
         "stories260K on its own stories",
         STORIES,
         "perplexity",
-        runs(ALL[:-1], {"2": 3, "3": 3, "4": 3}),
+        runs(ALL[:-1], {"2": 3, "3": 3, "4": 3}) + runs(["loftq-data-zero"], {"2": 3, "3": 3, "4": 3}),
         lambda folder: {**shared, "epochs": 40, "eval-steps": 34, "patience": 4, "learning-rate": 3e-3},
     )
 
