@@ -1,21 +1,48 @@
-"""Row-parallel execution of compiled loops that release the GIL.
+"""How many threads work on a matrix, and row-parallel execution of compiled loops that release the GIL.
 
 A pool of our own rather than numba's: numba's default threading layer aborts the process on concurrent calls,
 and its OpenMP layer on a fork, and both happen under a DataLoader. The number of threads follows torch's.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# Matrices of fewer elements are worked on by one thread, whatever the number of cores, so that results are the same.
+SMALL = 4_000_000
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
 # Below this many elements the hand-over to another thread costs more than the loop.
 _MIN_ELEMENTS_PER_THREAD = 1 << 15
+
+
+def is_small(elements: int) -> bool:
+    """Whether one thread works on a matrix of so many elements."""
+    return elements < SMALL
+
+
+@contextmanager
+def threads_for(elements: int) -> Iterator[None]:
+    """One thread for a small matrix, as many as there are for another.
+
+    BLAS and LAPACK round differently on another number of threads. What several jobs share is computed by whichever comes
+    first, so that the number must be the matrix's and not the job's.
+    """
+    before = torch.get_num_threads()
+    if not is_small(elements) or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _get_pool(size: int) -> ThreadPoolExecutor:
