@@ -41,6 +41,7 @@ def connect() -> None:
     if count() > 1:
         from accelerate import PartialState  # type: ignore[import-untyped]
 
+        prepare_spreading()
         PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -134,24 +135,52 @@ def collated(collator: Collator, share: list[tuple[Any, bool]], *, by_token: boo
     return batch
 
 
+def is_spread() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def prepare_spreading() -> None:
+    """What FSDP's settings must be with packed layers.
+
+    Raises:
+        ConfigError: for its first version, which flattens parameters of one dtype into one.
+    """
+    if not is_spread():
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"fsdp_version is {version}, expected 2; set it in the file of `accelerate config`")
+    # the packed weights are buffers, which the main process could not hand to the others
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def spread_here(accelerator: Any) -> None:
+    """Make sure that FSDP is used where it is asked for: accelerate leaves it out on CPUs without a word. Checkpoints hold
+    whole weights, whatever the number of processes."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
+
+    state = accelerator.state
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """The model with whole parameters where FSDP2 has spread them: for a measurement, whose passes need not be in step."""
+    """The model with whole parameters where FSDP has spread them: a measurement does not call the modules as training does."""
     from torch.distributed.fsdp import FSDPModule
 
     spread = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    if not spread:
-        yield
-        return
-    before = []
     for module in spread:
-        group = module._get_fsdp_state()._fsdp_param_group
-        before.append(None if group is None else group.post_forward_mesh_info)
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
-        for module, mesh in zip(spread, before, strict=True):
+        again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+        for module in spread:
             module.reshard()
-            module.set_reshard_after_forward(mesh is not None, recurse=False)
+            module.set_reshard_after_forward(again and module is not model, recurse=False)

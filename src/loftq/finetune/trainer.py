@@ -23,7 +23,7 @@ from loftq.data.tasks import task
 from loftq.errors import ConfigError, first_line
 from loftq.finetune.folder import CHECKPOINTS, writing
 from loftq.finetune.model import load_dtype
-from loftq.finetune.processes import Shared, Shares, collated
+from loftq.finetune.processes import Shared, Shares, collated, is_spread, spread_here
 from loftq.finetune.settings import TrainSettings
 
 WINDOW = 25
@@ -118,6 +118,12 @@ class TaskTrainer(Trainer):
         # the Trainer goes by the signature alone: classifiers take the number of items, and make no use of it
         self.sums_tokens = self.model_accepts_loss_kwargs and task(examples.task).is_causal
         self.loss_is_scaled_for_ga = self.sums_tokens
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if is_spread() and self.args.world_size > 1:
+            spread_here(self.accelerator)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.world_size == 1:
