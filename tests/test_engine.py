@@ -305,6 +305,20 @@ def test_mistakes(two_workers, workdir, options, error, message):
         loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, **options)
 
 
+def test_nobody_at_the_address(workdir, monkeypatch):
+    import socket
+
+    decoder(workdir)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as held:  # bound, but nothing listens
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(
+            loftq.ClusterError, match=rf"no Ray cluster answers at '{address}' .*start one with `ray start"
+        ):
+            loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, engine="ray", address=address)
+
+
 def test_without_ray(workdir, monkeypatch):
     decoder(workdir)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)

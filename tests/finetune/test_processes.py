@@ -172,6 +172,29 @@ def test_what_does_not_count():
     assert collated(collator, [rows[~1]], by_token=False)["counted"] == 0
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_packed_layers_that_fsdp_may_shard(double_quant):
+    """The packed bytes become a frozen parameter; outputs, gradients, casts and what is saved stay the same."""
+    torch.manual_seed(0)
+    layer = loftq.QuantLinear.from_linear(
+        torch.nn.Linear(64, 8), loftq.QuantSpec(bits=2, block_size=32, double_quant=double_quant)
+    )
+    x = torch.randn(5, 64, requires_grad=True)
+    expected, saved = layer(x), {n: t.clone() for n, t in layer.state_dict().items()}
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    layer.make_shardable()
+    layer.make_shardable()
+    assert {n for n, p in layer.named_parameters() if not p.requires_grad} == {"weight"}
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient)
+    layer.weight.untyped_storage().resize_(layer.weight.nbytes)  # refused once numpy has seen the memory
+    layer.half()
+    assert {n: t.dtype for n, t in layer.state_dict().items() if n != "bias"} == {
+        n: t.dtype for n, t in saved.items() if n != "bias"
+    }
+    assert torch.equal(layer.weight, saved["weight"])
+
+
 def test_fewer_examples_than_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     processes.check_batch(3)

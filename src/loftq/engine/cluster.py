@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +55,7 @@ def connected(address: str | None) -> Iterator[Any]:
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
+        _knock(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
     except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
         raise ClusterError(
@@ -64,6 +66,14 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """An OSError where nothing listens at ``HOST:PORT``; Ray itself would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
 
 
 def _options(address: str) -> dict[str, Any]:

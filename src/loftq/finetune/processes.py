@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from loftq.data.collate import Collator
 from loftq.data.examples import IGNORED, Examples
 from loftq.errors import ConfigError
+from loftq.modules import PackedWeight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,9 +156,12 @@ def prepare_spreading() -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def spread_here(accelerator: Any) -> None:
-    """Make sure that FSDP is used where it is asked for: accelerate leaves it out on CPUs without a word. Checkpoints hold
-    whole weights, whatever the number of processes."""
+def spread_here(accelerator: Any, model: nn.Module) -> None:
+    """Make sure that FSDP is used where it is asked for, and for packed weights as well.
+
+    Accelerate leaves FSDP out on CPUs without a word. Checkpoints hold whole weights. Adapters are gathered as float32:
+    products run under autocast, as with one process.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
 
@@ -166,6 +170,10 @@ def spread_here(accelerator: Any) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    state.fsdp_plugin.mixed_precision_policy = None
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.make_shardable()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         self.control: TrainerControl
         self.measure = measure
+        self.spread_model = model
         arguments.ddp_find_unused_parameters = _may_skip_layers(model)
         super().__init__(
             model=model,
@@ -122,7 +123,7 @@ class TaskTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if is_spread() and self.args.world_size > 1:
-            spread_here(self.accelerator)
+            spread_here(self.accelerator, self.spread_model)
             self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
@@ -136,6 +137,10 @@ class TaskTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # accelerate puts autocast around the forward pass itself, but not with FSDP2
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
