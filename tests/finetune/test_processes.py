@@ -182,12 +182,14 @@ def test_packed_layers_that_fsdp_may_shard(double_quant):
     x = torch.randn(5, 64, requires_grad=True)
     expected, saved = layer(x), {n: t.clone() for n, t in layer.state_dict().items()}
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    layer.weight = saved["weight"].clone()  # in memory that numpy has not seen
     layer.make_shardable()
     layer.make_shardable()
     assert {n for n, p in layer.named_parameters() if not p.requires_grad} == {"weight"}
     assert torch.equal(layer(x), expected)
     assert torch.equal(torch.autograd.grad(layer(x).square().sum(), x)[0], gradient)
-    layer.weight.untyped_storage().resize_(layer.weight.nbytes)  # refused once numpy has seen the memory
+    storage = layer.weight.untyped_storage()
+    storage.resize_(storage.nbytes())  # refused once numpy has seen it
     layer.half()
     assert {n: t.dtype for n, t in layer.state_dict().items() if n != "bias"} == {
         n: t.dtype for n, t in saved.items() if n != "bias"

@@ -63,7 +63,7 @@ class Stack(NamedTuple):
 
     @classmethod
     def here(cls) -> Stack:
-        relevant = ("loftq", "torch", "numpy", "numba")
+        relevant = ("torch", "numpy", "numba")  # the driver's loftq is what runs
         return cls({k: v for k, v in versions().items() if k in relevant}, torch.backends.cpu.get_cpu_capability())
 
 

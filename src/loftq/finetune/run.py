@@ -295,7 +295,7 @@ class _Training:
                         f"the run diverged before its first checkpoint ({divergence.reason}); lower the learning rate "
                         f"({self.settings.learning_rate:g}), and see {self.folder / RECORD} for the curve"
                     )
-                trainer._load_from_checkpoint(str(last), trainer.model_wrapped)
+                trainer._load_from_checkpoint(str(last), trainer.model)
             self.notice(
                 f"the run diverged ({divergence.reason}); the result is its checkpoint of step {record.best_step}"
             )
