@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
+from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import Examples
@@ -32,6 +31,7 @@ from loftq.finetune.folder import (
     begin_run,
     finished_run,
     forget_run_without_result,
+    locked,
     writing,
 )
 from loftq.finetune.model import Start, build, find_start
@@ -94,7 +94,7 @@ def train(
         if processes.agreed(False):
             return TrainingRecord.load(run)
         return _Training(run, settings, start, command, notice).run(progress, processes.wait)
-    with _locked(run) as is_new:
+    with locked(run) as is_new:
         with disk_errors(run):
             finished = finished_run(run, fingerprint, resume)
         if processes.agreed(finished is not None):
@@ -117,18 +117,6 @@ def train(
 
 def _say_nothing(sentence: str) -> None:
     pass
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[bool]:
-    """Keep others from the run's folder; whether it is new."""
-    with disk_errors(run):
-        is_new = not run.exists()
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("ab")
-    with lock:
-        lock_file(lock, run)
-        yield is_new
 
 
 class _Training:
