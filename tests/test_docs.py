@@ -1,7 +1,8 @@
 """The documentation is true: programs run, commands parse, links resolve, generated pages match, layers import downwards.
 
 A fenced block whose first line is ``# runnable`` runs here: Python blocks of a page in order in one namespace, bash blocks
-line by line through the command line itself, all in an empty folder. A page that links to the
+line by line through the command line itself, or the launcher that they name, all in an empty folder. A YAML block whose
+first line is ``# NAME.yaml`` is written to that file. A page that links to the
 tutorial's "A model to work on" finds that model there.
 """
 
@@ -11,10 +12,14 @@ import ast
 import importlib.util
 import itertools
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,9 @@ from loftq.config import BITS, CODEBOOKS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 RUNNABLE = "# runnable\n"
+# Programs that start loftq in several processes, and the modules that they are.
+LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
+SLOW = {"cluster.md"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -46,6 +54,8 @@ def command_lines(text: str) -> list[str]:
 def loftq_arguments(line: str) -> list[str] | None:
     """What follows ``loftq`` in a command line, or ``None`` for another program."""
     words = shlex.split(line, comments=True)
+    if words and words[0] in LAUNCHERS and "loftq.cli" in words:
+        words = ["loftq", *words[words.index("loftq.cli") + 1 :]]
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     if not words or words[0].rpartition("/")[2] != "loftq":
@@ -81,6 +91,9 @@ def parse(arguments: list[str]) -> None:
 
 def run_bash(text: str) -> None:
     for line in command_lines(text):
+        if line.split()[0] in LAUNCHERS:
+            launch(shlex.split(line))
+            continue
         arguments = loftq_arguments(line)
         if arguments is not None:
             app(arguments, standalone_mode=False)
@@ -88,6 +101,18 @@ def run_bash(text: str) -> None:
         program, script, *rest = shlex.split(line)
         assert (program, script) == ("python", "examples/finetune.py"), f"no way to run {line!r}"
         finetune()["main"](rest)
+
+
+def launch(words: list[str]) -> None:
+    """A launcher's command line, with the sources under test and without a GPU."""
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PET_MASTER_PORT": port}
+    command = [sys.executable, "-m", LAUNCHERS[words[0]], *words[1:]]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-3000:]}"
 
 
 def finetune() -> dict:
@@ -100,13 +125,20 @@ def write_tiny_model() -> None:
     exec(next(text for text in tutorial if "tiny-model" in text), {"__name__": "tutorial"})
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if RUNNABLE in p.read_text(encoding="utf-8")], ids=lambda p: p.name)
+def runnable_pages() -> list:
+    pages = [p for p in PAGES if RUNNABLE in p.read_text(encoding="utf-8")]
+    return [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in SLOW else []) for p in pages]
+
+
+@pytest.mark.parametrize("page", runnable_pages())
 def test_runnable_blocks(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": page.stem}
     if "](tutorial.md#a-model-to-work-on)" in page.read_text(encoding="utf-8"):
         write_tiny_model()
     for language, text in blocks(page):
+        if language == "yaml" and (name := re.match(r"# (\S+\.yaml)\n", text)):
+            Path(name[1]).write_text(text, encoding="utf-8")
         if text.startswith(RUNNABLE):
             assert language in ("python", "bash"), f"a runnable block of {page.name} is {language!r}"
             if language == "bash":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loftq.config import PUBLISHED, LoftQConfig, QuantSpec
 from loftq.errors import (
     BackboneMismatchError,
+    ClusterError,
     ConfigError,
     LoftQError,
     OutputError,
@@ -59,6 +60,7 @@ _LAZY = {
 
 __all__ = [
     "BackboneMismatchError",
+    "ClusterError",
     "ConfigError",
     "LoftQConfig",
     "LoftQError",

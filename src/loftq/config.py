@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from loftq.errors import ConfigError
 
 BITS = (2, 3, 4, 8)
+ENGINES = ("local", "ray")
 BLOCK_SIZES = (32, 64, 128, 256)
 CODEBOOKS = ("nf", "nf-sym", "uniform", "uniform-sym", "lloyd", "lloyd-channel")
 SCALES = ("absmax", "search")

@@ -21,6 +21,10 @@ class OutputError(LoftQError):
     """An output directory that cannot be written or holds something else."""
 
 
+class ClusterError(LoftQError):
+    """A Ray cluster that cannot be reached, or whose workers cannot do their part."""
+
+
 class BackboneMismatchError(LoftQError):
     """An adapter that does not belong to the quantized backbone it is applied to."""
 

@@ -15,23 +15,22 @@ from typing import TypeVar
 
 import torch
 
+from loftq.kernels.threads import is_small
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
-# A job of fewer weights runs on one core, whatever the number of cores, so that results are the same.
-SMALL = 4_000_000
 
-
-def _timed(job: Callable[[], Result]) -> tuple[Result, float]:
+def timed(job: Callable[[], Result]) -> tuple[Result, float]:
     started = time.perf_counter()
     result = job()
     return result, time.perf_counter() - started
 
 
 def run_side_by_side(
-    jobs: Iterable[tuple[Key, Callable[[], Result]]], weights: Callable[[Key], int]
+    jobs: Iterable[tuple[Key, Callable[[], Result]]], size: Callable[[Key], int]
 ) -> Iterator[tuple[Key, tuple[Result, float]]]:
-    """Yield ``(key, (result, seconds))`` in the order of ``jobs``.
+    """Yield ``(key, (result, seconds))`` in the order of ``jobs``; ``size`` is that of the largest matrix a job works on.
 
     Jobs are drawn only as they are started, at most one more than there are cores ahead of what has been yielded. An
     exception of a job is raised here; jobs that run already are waited for, no other is started.
@@ -41,16 +40,16 @@ def run_side_by_side(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loftq-matrix", initializer=_use_one_core)
     try:
         for key, job in jobs:
-            if weights(key) < SMALL:
+            if is_small(size(key)):
                 if len(waiting) > threads:
                     first, future = waiting.popleft()
                     yield first, future.result()
-                waiting.append((key, pool.submit(_timed, job)))
+                waiting.append((key, pool.submit(timed, job)))
             else:
                 while waiting:
                     first, future = waiting.popleft()
                     yield first, future.result()
-                yield key, _timed(job)
+                yield key, timed(job)
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()

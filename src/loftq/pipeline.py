@@ -7,28 +7,25 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from loftq.calibrate.choose import Inputs, calibrated
+from loftq.calibrate.choose import calibrated
 from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
 from loftq.codec.blockwise import check_weight
 from loftq.config import LoftQConfig
+from loftq.engine.jobs import Computed, check_engine, open_engine, run_all
 from loftq.errors import OutputError, WeightError
 from loftq.hub import adapter as adapters
 from loftq.modules import QuantEmbedding, QuantLinear
-from loftq.parallel import run_side_by_side
 from loftq.plan.file import load_plan
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.record import REPORT, ModuleRecord, QuantizationReport
 from loftq.report.system import PeakMemory, versions
-from loftq.solver.importance import InputStatistics
 from loftq.units import Unit, decompose_module, layout, make_units
 
 if TYPE_CHECKING:
@@ -37,9 +34,6 @@ if TYPE_CHECKING:
     from loftq.calibrate.statistics import Statistics
 
 MAX_SHARD_BYTES = 50_000_000_000  # transformers' own default, so that saving a loaded model splits it alike
-
-
-Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
 
 
 class Progress(Protocol):
@@ -60,6 +54,8 @@ def quantize_checkpoint(
     command: str | None = None,
     statistics: Statistics | str | Path | None = None,
     notice: Callable[[str], None] | None = None,
+    engine: str = "local",
+    address: str | None = None,
 ) -> QuantizationReport:
     """Turn a checkpoint into a folder with a packed backbone and a PEFT adapter, one tensor at a time.
 
@@ -76,11 +72,17 @@ def quantize_checkpoint(
         statistics: of the layers' inputs, collected earlier, or the file they are in; otherwise ``config.calibration``
             says what to collect them on.
         notice: told in one sentence what was chosen where the config leaves it open.
+        engine: ``local``, or ``ray`` for the workers of a Ray cluster. The output is the same to the byte, and either
+            continues what the other has begun.
+        address: of the Ray cluster (``auto``: the one that runs on this machine). By default ``RAY_ADDRESS``, or workers on
+            this machine for as long as this call takes.
 
     Raises:
-        SourceError, ConfigError, WeightError, OutputError: each with what was got, expected, and to be done.
+        SourceError, ConfigError, WeightError, OutputError, ClusterError: each with what was got, expected, and to be done.
     """
     out_dir = Path(os.path.expanduser(out_dir))
+    check_engine(engine, address)
+    told = notice or (lambda sentence: None)
     with disk_errors(out_dir):  # before hours of work, and before the source is read
         finished = (out_dir / REPORT).exists()
         if not finished:
@@ -93,7 +95,7 @@ def quantize_checkpoint(
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)
-    inputs = calibrated(opened, model, plans, config, hashes, statistics, notice or (lambda sentence: None))
+    inputs = calibrated(opened, model, plans, config, hashes, statistics, told)
     config = config.replace(method=inputs.method)
     fingerprint = json.loads(
         json.dumps(
@@ -139,7 +141,8 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            _compute(units, opened, config, inputs, staging, index, write)
+            with open_engine(engine, opened, config, address, told) as opened_engine:
+                run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
             modules=records,
@@ -163,47 +166,6 @@ def quantize_checkpoint(
     finally:
         staging.close()
     return report
-
-
-def _compute(
-    units: list[Unit],
-    source: Source,
-    config: LoftQConfig,
-    inputs: Inputs,
-    staging: Staging,
-    index: Mapping[str, str],
-    write: Callable[[Unit, Computed], dict[str, Tensor]],
-) -> None:
-    """Every unit that is not done: first those that need nothing, then the layers in the order of the forward pass."""
-
-    def job(unit: Unit, statistics: InputStatistics | None = None) -> tuple[Unit, Callable[[], Any]]:
-        return unit, partial(unit.compute, source.read(unit.source_name), config, statistics)
-
-    by_name = {unit.name: unit for unit in units}
-    waiting = set(inputs.targets)
-    todo = [unit for unit in units if unit.name not in staging.done]
-    with inputs.open(len(waiting - staging.done.keys()) > 0) as groups:
-        free = (job(unit, inputs.unseen(unit.plan)) for unit in todo if unit.name not in waiting)
-        behind = (
-            job(by_name[name], group.statistics())
-            for group in groups
-            for name in group.names
-            if name not in staging.done
-        )
-        if not inputs.propagate:
-            for unit, computed in run_side_by_side(chain(free, behind), lambda unit: unit.weights):
-                write(unit, computed)
-            return
-        for unit, computed in run_side_by_side(free, lambda unit: unit.weights):
-            write(unit, computed)
-        for group in groups:
-            new = [name for name in group.names if name not in staging.done]
-            jobs = (job(by_name[name], group.statistics()) for name in new)
-            for unit, computed in run_side_by_side(jobs, lambda unit: unit.weights):
-                inputs.replace(unit.name, unit.dense(write(unit, computed), config))
-            for name in [n for n in group.names if n not in new]:
-                unit = by_name[name]
-                inputs.replace(name, unit.dense({n: staging.read(index[n]) for n in unit.outputs}, config))
 
 
 def _digest(digests: Mapping[str, str], *, adapter: bool) -> str:

@@ -19,7 +19,7 @@ from loftq.solver.importance import InputStatistics
 
 FORMAT_VERSION = 1
 _METADATA = "loftq_statistics"
-_OF_INPUT = ("second_moment", "mean_abs", "drift")
+OF_INPUT = ("second_moment", "mean_abs", "drift")
 OF_LAYER = ("output_moment", "guided_moment", "fisher_rows", "fisher_columns")
 
 
@@ -65,7 +65,7 @@ class Statistics(Mapping[str, InputStatistics]):
         layers: dict[str, dict[str, Any]] = {}
         for name, entry in self._layers.items():
             layers[name] = {"tokens": entry.tokens}
-            for field in (*_OF_INPUT, *OF_LAYER):
+            for field in (*OF_INPUT, *OF_LAYER):
                 value = getattr(entry, field)
                 if value is None:
                     continue
@@ -128,14 +128,14 @@ class Statistics(Mapping[str, InputStatistics]):
             layers: dict[str, InputStatistics] = {}
             for name, values in described["layers"].items():
                 found = {}
-                for field in (f for f in (*_OF_INPUT, *OF_LAYER) if f in values):
+                for field in (f for f in (*OF_INPUT, *OF_LAYER) if f in values):
                     stored = values[field]
                     if stored not in tensors:
                         tensors[stored] = _read_tensor(stream, *header[stored])
                     found[field] = tensors[stored]
-                key = (values["tokens"], *(values.get(field) for field in _OF_INPUT))
+                key = (values["tokens"], *(values.get(field) for field in OF_INPUT))
                 if key not in inputs:
-                    of_input = {field: found[field] for field in _OF_INPUT if field in found}
+                    of_input = {field: found[field] for field in OF_INPUT if field in found}
                     inputs[key] = InputStatistics(tokens=int(values["tokens"]), **of_input)
                 of_layer = {field: found[field] for field in OF_LAYER if field in found}
                 layers[name] = inputs[key].of_layer(**of_layer) if of_layer else inputs[key]

@@ -106,6 +106,14 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
     return SafetensorsSource(_download(str(source), revision))
 
 
+def hub_snapshot(path: Path) -> tuple[str, str] | None:
+    """(repository, commit) of a folder in the hub's cache, which another machine may have elsewhere or fetch itself."""
+    repo = path.parent.parent.name
+    if path.parent.name != "snapshots" or not repo.startswith("models--"):
+        return None
+    return repo.removeprefix("models--").replace("--", "/"), path.name
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 
 import typer
 
@@ -73,6 +75,8 @@ def main() -> None:
     try:
         app()
     except LoftQError as error:
+        if int(os.environ.get("RANK") or 0) > 0:
+            time.sleep(5)  # the first of several processes says it for all, and the launcher then ends the others
         typer.echo(f"loftq: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""``python -m loftq.cli``: the command line where no script of it is installed."""
+"""``python -m loftq.cli``, for launchers that start a module: ``torchrun -m loftq.cli train …``."""
 
 from loftq.cli import main
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq.cli import options, parse
-from loftq.config import BITS, METHODS, SVDS, LoftQConfig
+from loftq.config import BITS, ENGINES, METHODS, SVDS, LoftQConfig
 
 _DEFAULT = LoftQConfig()
 
@@ -63,6 +63,16 @@ def quantize(
     first_layers_bits: options.FirstLayersBits = None,
     quantize_embeddings: options.QuantizeEmbeddings = False,
     seed: options.Seed = 0,
+    engine: Annotated[
+        str, typer.Option(help=f"Who computes: {options.choices(ENGINES)}, the workers of a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; auto for the one on this machine.",
+            show_default="RAY_ADDRESS, or workers on this machine",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = True,
     revision: options.Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "50GB",
@@ -111,6 +121,8 @@ def quantize(
         command=parse.this_command(),
         statistics=statistics,
         notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),
+        engine=engine,
+        address=address,
     )
     if json_output:
         print_json(report.to_dict())

@@ -11,7 +11,7 @@ def quiet_libraries() -> None:
     """Before torch, transformers and PEFT are imported: no notices that a user can do nothing about."""
     # bitsandbytes, where installed, announces at import that an optional kernel package is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|transformers|peft)\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 

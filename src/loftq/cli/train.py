@@ -124,7 +124,7 @@ def train(
         seed=seed,
     )
     quiet_transformers()
-    from loftq.finetune import run
+    from loftq.finetune import processes, run
 
     record = run.train(
         out,
@@ -135,6 +135,8 @@ def train(
         command=parse.this_command(),
         notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),
     )
+    if not processes.is_main():
+        return
     if json_output:
         from loftq.report.tables import print_json
 

@@ -15,7 +15,7 @@ from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.errors import first_line
 
 _STATE = "trainer_state.json"
-_NEEDED = (_STATE, "optimizer.pt", "scheduler.pt")
+_NEEDED = ((_STATE,), ("optimizer.pt", "optimizer.bin"), ("scheduler.pt",))  # .bin: of FSDP
 
 
 def resume_point(folder: Path, notice: Callable[[str], None] = lambda sentence: None) -> Path | None:
@@ -49,9 +49,9 @@ def damage(checkpoint: Path) -> str | None:
 
     The Trainer's files are checked by their own sums; of weights, which have none, the sizes.
     """
-    for name in _NEEDED:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+    for names in _NEEDED:
+        if not any((checkpoint / name).is_file() for name in names):
+            return f"{names[0]} is missing"
     try:
         state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         if state["global_step"] != step_of(checkpoint):
@@ -68,7 +68,7 @@ def damage(checkpoint: Path) -> str | None:
                 file.keys()
         except (OSError, SafetensorError) as error:
             return f"{path.name}: {first_line(error)}"
-    for path in sorted(checkpoint.glob("*.pt*")):
+    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.bin")]):
         try:
             with zipfile.ZipFile(path) as file:
                 broken = file.testzip()

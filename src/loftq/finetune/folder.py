@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from loftq.checkpoint.writer import disk_errors
+from loftq.checkpoint.writer import disk_errors, lock_file
 from loftq.errors import OutputError, first_line
 from loftq.finetune.record import RECORD, TrainingRecord
 
@@ -33,6 +33,18 @@ def writing(run: Path) -> Iterator[None]:
                 f"a file of {run} could not be written or read ({first_line(error)}); free some space and run the same "
                 f"command again, or start over with --no-resume"
             ) from None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[bool]:
+    """Keep others from the run's folder; whether it is new."""
+    with disk_errors(run):
+        is_new = not run.exists()
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("ab")
+    with lock:
+        lock_file(lock, run)
+        yield is_new
 
 
 def finished_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:

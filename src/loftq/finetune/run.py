@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq.checkpoint.writer import disk_errors, lock_file, replace_text
+from loftq.checkpoint.writer import disk_errors, replace_text
 from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import Examples
@@ -21,6 +21,7 @@ from loftq.errors import LoftQError, SourceError
 from loftq.evaluate.models import is_quantized, load_config
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
+from loftq.finetune import processes
 from loftq.finetune.adapter import trainable_counts
 from loftq.finetune.checkpoints import resume_point, step_of
 from loftq.finetune.folder import (
@@ -30,6 +31,7 @@ from loftq.finetune.folder import (
     begin_run,
     finished_run,
     forget_run_without_result,
+    locked,
     writing,
 )
 from loftq.finetune.model import Start, build, find_start
@@ -83,28 +85,38 @@ def train(
         if init_from is None and is_quantized(run):
             init_from, run = run, run / IN_FOLDER
     start = find_start(settings.method, init_from, model)
-    with disk_errors(run):
-        is_new = not run.exists()
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("ab")
-    with lock:
-        lock_file(lock, run)
-        folder = {"base": start.base, "folder": start.folder and str(start.folder)}
-        fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
+    processes.check_batch(settings.batch_size)
+    processes.connect()
+    folder = {"base": start.base, "folder": start.folder and str(start.folder)}
+    fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
+    if not processes.is_main():
+        progress, notice = False, _say_nothing
+        if processes.agreed(False):
+            return TrainingRecord.load(run)
+        return _Training(run, settings, start, command, notice).run(progress, processes.wait)
+    with locked(run) as is_new:
         with disk_errors(run):
             finished = finished_run(run, fingerprint, resume)
-        if finished is not None:
+        if processes.agreed(finished is not None):
+            assert finished is not None
             return finished
+
+        def begin() -> None:
+            begin_run(run, fingerprint, resume)
+            processes.wait()
+
         try:
-            return _Training(run, settings, start, command, notice).run(
-                progress, lambda: begin_run(run, fingerprint, resume)
-            )
+            return _Training(run, settings, start, command, notice).run(progress, begin)
         except LoftQError:
             # a mistake in the data or the settings is no run: the corrected command may have this folder
             forget_run_without_result(run)
             if is_new and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run)
             raise
+
+
+def _say_nothing(sentence: str) -> None:
+    pass
 
 
 class _Training:
@@ -154,7 +166,7 @@ class _Training:
             notes=notes,
             command=self.command,
             versions=versions(),
-            machine=machine(),
+            machine={**machine(), **({"processes": processes.count()} if processes.count() > 1 else {})},
         )
         self._train(model, examples, held, labels, record, progress)
         record.timing = {
@@ -162,9 +174,10 @@ class _Training:
             "training_seconds": record.timing.get("training_seconds"),
             "peak_memory_bytes": memory.peak(),
         }
-        with writing(self.folder):
-            record.save(self.folder)
-        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        if processes.is_main():
+            with writing(self.folder):
+                record.save(self.folder)
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
         return record
 
     def _train(
@@ -186,7 +199,7 @@ class _Training:
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
 
-        if settings.report_to != "none":
+        if settings.report_to != "none" and processes.is_main():
             callbacks.append(reporter(settings.report_to, self.folder, self.notice))
 
         latest: dict[int, Measurement] = {}
@@ -194,7 +207,7 @@ class _Training:
         def measured(trained: nn.Module) -> dict[str, float]:
             latest.clear()
             latest[trainer.state.global_step] = found = self._measure(trained, held, labels, progress)
-            return found.known
+            return processes.agreed(found.known)
 
         start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         trainer = TaskTrainer(
@@ -213,14 +226,15 @@ class _Training:
         )
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
-        checkpoint = resume_point(self.folder / CHECKPOINTS, self.notice)
+        checkpoint = self._resume_point()
         begun = self.folder / BEFORE
         if held is not None:
-            record.before = _known_before(begun) if checkpoint else None
+            record.before = processes.agreed(_known_before(begun) if checkpoint else None)
             if record.before is None:
-                record.before = self._measure(model, held, labels, progress).known
-                with writing(self.folder):
-                    replace_text(begun, json.dumps(record.before))
+                record.before = self._measure(model.to(arguments.device), held, labels, progress).known
+                if processes.is_main():
+                    with writing(self.folder):
+                        replace_text(begun, json.dumps(record.before))
         steps = _total_steps(trainer, settings)
         clock = time.perf_counter()
         with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
@@ -232,7 +246,8 @@ class _Training:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         record.timing["training_seconds"] = round(time.perf_counter() - clock, 3)
         self._finish(trainer, divergence, held, labels, record, progress, latest)
-        begun.unlink(missing_ok=True)
+        if processes.is_main():
+            begun.unlink(missing_ok=True)
 
     def _finish(
         self,
@@ -258,11 +273,12 @@ class _Training:
         if divergence.reason is not None:
             record.status = f"diverged: {divergence.reason}"
             if kept is None:
-                last = resume_point(self.folder / CHECKPOINTS, self.notice)
+                last = self._resume_point()
                 record.best_step = step_of(last)
                 if last is None:
-                    with writing(self.folder):
-                        record.save(self.folder)
+                    if processes.is_main():
+                        with writing(self.folder):
+                            record.save(self.folder)
                     raise SourceError(
                         f"the run diverged before its first checkpoint ({divergence.reason}); lower the learning rate "
                         f"({self.settings.learning_rate:g}), and see {self.folder / RECORD} for the curve"
@@ -277,19 +293,30 @@ class _Training:
         if held is not None:
             result = latest.get(record.best_step) or self._measure(trainer.model, held, labels, progress)
             record.after = result.known
-            if result.predictions:
+            if result.predictions and processes.is_main():
                 with writing(self.folder):
                     write_predictions(self.folder / PREDICTIONS, result.predictions)
                 record.predictions = PREDICTIONS
-        with writing(self.folder):
-            save_result(trainer.model, self.tokenizer, self.folder, self.start, record)
+        weights = trainer.whole_weights()
+        if processes.is_main():
+            with writing(self.folder):
+                save_result(trainer.model, self.tokenizer, self.folder, self.start, record, weights)
+
+    def _resume_point(self) -> Path | None:
+        """See :func:`resume_point`; the main process looks."""
+        found = resume_point(self.folder / CHECKPOINTS, self.notice) if processes.is_main() else None
+        return processes.agreed(found)
 
     def _measure(
         self, model: nn.Module, held: Examples | None, labels: list[str] | None, progress: bool
     ) -> Measurement:
         assert held is not None
         settings = self.settings
-        with as_loaded(model), bar(len(held), "measuring", "examples", show=progress) as advance:
+        with (
+            as_loaded(model),
+            processes.gathered(model),
+            bar(len(held), "measuring", "examples", show=progress) as advance,
+        ):
             return measure(
                 model,
                 self.tokenizer,

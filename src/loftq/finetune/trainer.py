@@ -6,20 +6,24 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loftq.data.collate import Collator
 from loftq.data.examples import Examples
+from loftq.data.tasks import task
 from loftq.errors import ConfigError, first_line
 from loftq.finetune.folder import CHECKPOINTS, writing
 from loftq.finetune.model import load_dtype
+from loftq.finetune.processes import Shared, Shares, collated, is_spread, spread_here
 from loftq.finetune.settings import TrainSettings
 
 WINDOW = 25
@@ -73,6 +77,8 @@ def training_arguments(
             label_names=["start_positions", "end_positions"] if settings.data.task == "qa" else ["labels"],
             disable_tqdm=True,
             dataloader_pin_memory=on_gpu,
+            ddp_broadcast_buffers=False,  # the packed weights are buffers, and never change
+            accelerator_config={"even_batches": False},  # see Shares
             **when,
         )
     except (ImportError, RuntimeError, ValueError) as error:
@@ -99,6 +105,8 @@ class TaskTrainer(Trainer):
     ) -> None:
         self.control: TrainerControl
         self.measure = measure
+        self.spread_model = model
+        arguments.ddp_find_unused_parameters = _may_skip_layers(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -108,6 +116,42 @@ class TaskTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        # the Trainer goes by the signature alone: classifiers take the number of items, and make no use of it
+        self.sums_tokens = self.model_accepts_loss_kwargs and task(examples.task).is_causal
+        self.loss_is_scaled_for_ga = self.sums_tokens
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if is_spread() and self.args.world_size > 1:
+            spread_here(self.accelerator, self.spread_model)
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        order = self._get_train_sampler(self.train_dataset)
+        loader: Any = DataLoader(
+            Shared(self.train_dataset),
+            batch_sampler=Shares(order, self.args.per_device_train_batch_size, self.args.world_size),
+            collate_fn=partial(collated, self.data_collator, by_token=self.sums_tokens),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # accelerate puts autocast around the forward pass itself, but not with FSDP2
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if "counted" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        counted = inputs.pop("counted")
+        # a mean over this process's share, weighted by what the share is of the batch
+        weight = counted * self.args.world_size / self.accelerator.gather(counted.reshape(1)).sum()
+        found = super().compute_loss(model, inputs, return_outputs, None)
+        return (found[0] * weight, found[1]) if return_outputs else found * weight
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         # autocast takes each product's input to half precision: PEFT's own cast to the adapter's float32 before it, and
@@ -127,6 +171,10 @@ class TaskTrainer(Trainer):
         with writing(Path(self.args.output_dir).parent):
             super()._load_best_model()
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The model's, where FSDP has spread them over the processes; all must call."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         assert self.measure is not None
         started = time.perf_counter()
@@ -139,6 +187,19 @@ class TaskTrainer(Trainer):
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+
+def _may_skip_layers(model: Any) -> bool:
+    """Whether a batch may leave parameters without a gradient: looking for them costs a pass over the graph each step."""
+    names = (
+        "layerdrop",
+        "encoder_layerdrop",
+        "decoder_layerdrop",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+    )
+    return any(getattr(model.config, name, None) for name in names)
 
 
 @contextmanager

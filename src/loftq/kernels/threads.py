@@ -1,4 +1,4 @@
-"""Row-parallel execution of compiled loops that release the GIL, in as many threads as torch uses.
+"""How many threads work on a matrix, and row-parallel execution of compiled loops that release the GIL.
 
 Where torch is built on GNU OpenMP, the loops run in torch's own team of threads. After a matrix product its workers go on
 spinning for a while, ready for the next one; threads of our own would have to share the cores with them, which makes a
@@ -10,12 +10,16 @@ happen under a DataLoader.
 import ctypes
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# Matrices of fewer elements are worked on by one thread, whatever the number of cores, so that results are the same.
+SMALL = 4_000_000
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -23,6 +27,29 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 # Below this many elements the hand-over to another thread costs more than the loop.
 _MIN_ELEMENTS_PER_THREAD = 1 << 15
+
+
+def is_small(elements: int) -> bool:
+    """Whether one thread works on a matrix of so many elements."""
+    return elements < SMALL
+
+
+@contextmanager
+def threads_for(elements: int) -> Iterator[None]:
+    """One thread for a small matrix, as many as there are for another.
+
+    BLAS and LAPACK round differently on another number of threads. What several jobs share is computed by whichever comes
+    first, so that the number must be the matrix's and not the job's.
+    """
+    before = torch.get_num_threads()
+    if not is_small(elements) or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _openmp() -> Any:

@@ -40,7 +40,16 @@ class PackedWeight(nn.Module):
     def _packed_tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in self.packed_names}
         tensors["weight"] = tensors["weight"].view(torch.uint8)  # see present_as_int8
+        if "weight" in self._parameters and tensors["weight"].device.type == "cpu":
+            # the kernels share it with numpy, and memory that numpy has seen could not be freed between the passes
+            tensors["weight"] = tensors["weight"].detach().clone()
         return tensors
+
+    def make_shardable(self) -> None:
+        """Hold the packed bytes as a frozen parameter from now on: of those FSDP2 gives each process a part, of buffers not."""
+        packed = self._buffers.pop("weight", None)
+        if packed is not None:
+            self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -75,10 +84,10 @@ class PackedWeight(nn.Module):
         self.register_state_dict_post_hook(_save_as_uint8)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        before = {name: self._buffers[name] for name in self.packed_names}
+        before = {name: self._buffers.get(name) for name in self.packed_names}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self

@@ -195,12 +195,13 @@ def measure_errors(
             _statistics(inputs, plans, todo) as found,
         ):
 
-            def jobs() -> Iterator[tuple[str, Callable[[], ModuleErrors]]]:
+            def jobs() -> Iterator[tuple[tuple[str, int], Callable[[], ModuleErrors]]]:
                 for name, statistics in found:
                     weight = source.read(tensors[name])
-                    yield name, partial(_measure, weight, plans[name], missing[name], config, statistics)
+                    size = max(weight.numel(), 0 if statistics is None else statistics.factored)
+                    yield (name, size), partial(_measure, weight, plans[name], missing[name], config, statistics)
 
-            for name, (entry, _) in run_side_by_side(jobs(), lambda name: plans[name].shape[0] * plans[name].shape[1]):
+            for (name, _), (entry, _) in run_side_by_side(jobs(), lambda key: key[1]):
                 before = known[name].objectives if name in known else {}
                 merged = dict(sorted({**before, **entry.objectives}.items()))
                 known[name] = dataclasses.replace(entry, layer=layers.get(name), objectives=merged)

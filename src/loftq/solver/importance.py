@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loftq.errors import WeightError
+from loftq.kernels.threads import threads_for
 
 # Added to every H, as a share of its mean diagonal: what float32 resolves. Keeps the factor of a singular H finite.
 _FLOOR = 1e-6
@@ -66,6 +67,12 @@ class InputStatistics:
     def informative(self) -> bool:
         """Whether any input was seen and not all of them were zero."""
         return self.tokens > 0 and float(self.diagonal.sum()) > 0
+
+    @property
+    def factored(self) -> int:
+        """Elements of the largest matrix that a metric may factor: H or G."""
+        moments = [m for m in (self.second_moment, self.output_moment) if m is not None and m.dim() == 2]
+        return max((m.numel() for m in moments), default=0)
 
     def check(self, in_features: int) -> None:
         """Refuse statistics that do not belong to a layer.
@@ -127,12 +134,14 @@ class InputStatistics:
         if guidance and self.second_moment.dim() == 2 and self.guided_moment is not None:
             moments = (self.second_moment.double(), self.guided_moment.double())
             plain, guided = (m / m.diagonal().mean().clamp_min(torch.finfo(m.dtype).tiny) for m in moments)
-            metric = _full(plain.lerp(guided, guidance), None, damping)
+            with threads_for(plain.numel()):
+                metric = _full(plain.lerp(guided, guidance), None, damping)
         else:
             metric = self._of_inputs(kind, damping)
         if self.output_moment is None or row_damping is None:
             return metric
-        return _with_rows(metric, self.output_moment, row_damping)
+        with threads_for(self.output_moment.numel()):
+            return _with_rows(metric, self.output_moment, row_damping)
 
     def of_layer(
         self,
@@ -229,7 +238,8 @@ def _metric(statistics: InputStatistics, kind: str, damping: float) -> Metric:
     moment = statistics.second_moment.float()
     if kind == "diagonal" or moment.dim() == 1:
         return _diagonal(moment if moment.dim() == 1 else moment.diagonal(), damping)
-    return _full(moment, statistics.drift, damping)
+    with threads_for(moment.numel()):
+        return _full(moment, statistics.drift, damping)
 
 
 def _blend(moment: Tensor, damping: float, eye: Tensor | float) -> Tensor:

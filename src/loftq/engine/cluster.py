@@ -1,0 +1,174 @@
+"""Matrices on the workers of a Ray cluster.
+
+The driver, which is the process that the user has started, runs the calibration, gives out tasks, and writes what comes
+back. A worker gets the name of a tensor and not the tensor; statistics go through Ray's object store, once for all layers
+that share an input. What a lost worker had is done again by another one: a task depends on nothing but its arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loftq
+from loftq.checkpoint.source import Source
+from loftq.config import LoftQConfig
+from loftq.engine.jobs import Computed, Job
+from loftq.engine.worker import Origin, Stack, Task, compute, pack_statistics, unpack
+from loftq.errors import ClusterError, ConfigError, LoftQError, first_line
+from loftq.kernels.threads import is_small
+from loftq.optional import optional_module
+from loftq.parallel import timed
+from loftq.units import Unit
+
+RETRIES = 5
+"""How often a task is begun again whose worker has died; more often, it is the task that kills it."""
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """Ray's module, connected to a cluster; what is started here is shut down in the end.
+
+    Args:
+        address: of a running cluster (``auto`` for this machine's), by default ``RAY_ADDRESS``; without either, workers are
+            started on this machine, one for each core. A connection that the caller has made already is used as it is.
+
+    Raises:
+        ConfigError: Ray is not installed, or is connected elsewhere. ClusterError: no cluster can be reached.
+    """
+    ray = optional_module("ray", "the engine ray", "Ray", "ray")
+    if ray.is_initialized():
+        if address is not None:
+            raise ConfigError(
+                f"address is {address!r}, but Ray is connected already; leave it out, or shut Ray down first"
+            )
+        yield ray
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        _knock(address)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
+    except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address!r} ({first_line(error)}); start one with `ray start --head`, or leave the "
+            f"address out to use this machine alone"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """An OSError where nothing listens at ``HOST:PORT``; Ray itself would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+
+
+def _options(address: str) -> dict[str, Any]:
+    """Workers import the loftq that runs here."""
+    package = Path(loftq.__file__).parent
+    if address != "local":
+        return {"runtime_env": {"py_modules": [str(package)]}}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # in its place, where the compiled loops are kept from one run to the next
+    path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+
+
+class RayEngine:
+    """Gives out jobs to the workers of a cluster, at most one more than it has cores for.
+
+    Args:
+        ray: the connected module. notice: told in one sentence where a worker's results may differ in their last bits.
+    """
+
+    def __init__(self, ray: Any, source: Source, config: LoftQConfig, notice: Callable[[str], None]) -> None:
+        self.ray = ray
+        self.source = source
+        self.config = config
+        self.notice = notice
+        self.origin = Origin.of(source)
+        self.stack = Stack.here()
+        self.threads = torch.get_num_threads()
+        self._compute = ray.remote(max_retries=RETRIES)(compute)
+        self._shared: tuple[Any, Any] = (None, None)  # what the latest input's statistics share, and their reference
+        self._noticed: set[str] = set()
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
+        waiting: dict[Any, tuple[Unit, int]] = {}
+        try:
+            for job in jobs:
+                if job.unit.plan is None:  # nothing to compute: a worker would only send back what can be read here
+                    tensor = self.source.read(job.unit.source_name)
+                    yield job.unit, timed(partial(job.unit.compute, tensor, self.config))
+                    continue
+                while waiting and sum(cores for _, cores in waiting.values()) > self._cores():
+                    yield self._next(waiting)
+                cores = 1 if is_small(job.size) else max(1, min(self.threads, self._largest_node()))
+                waiting[self._submit(job, cores)] = (job.unit, cores)
+                while waiting and self.ray.wait(list(waiting), timeout=0)[0]:
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        finally:
+            for reference in waiting:
+                with contextlib.suppress(Exception):  # the cluster may be what has failed
+                    self.ray.cancel(reference, force=True)
+
+    def _submit(self, job: Job, cores: int) -> Any:
+        key = of_input = None
+        of_layer: dict[str, Any] = {}
+        if job.statistics is not None:
+            shared = job.statistics._metrics
+            if self._shared[0] is not shared:
+                packed, of_layer = pack_statistics(job.statistics)
+                self._shared = (shared, self.ray.put(packed))
+            else:
+                of_layer = pack_statistics(job.statistics)[1]
+            of_input = self._shared[1]
+            key = of_input.hex()
+        threads = 1 if is_small(job.size) else self.threads
+        task = Task(job.unit, self.origin, self.config, threads, key, of_layer, self.stack)
+        return self._compute.options(num_cpus=cores, name=job.unit.name).remote(task, of_input)
+
+    def _next(self, waiting: dict[Any, tuple[Unit, int]]) -> tuple[Unit, Computed]:
+        reference = self.ray.wait(list(waiting), num_returns=1)[0][0]
+        unit, _ = waiting.pop(reference)
+        try:
+            result = self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError:
+            raise
+        except self.ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"{unit.name} could not be computed, its worker was lost {RETRIES + 1} times or the cluster with it "
+                f"({first_line(error)}); give workers more memory, and run the same command again, it continues where it "
+                f"stopped"
+            ) from None
+        if isinstance(result, LoftQError):
+            raise result
+        if result.instructions != self.stack.instructions and result.host not in self._noticed:
+            self._noticed.add(result.host)
+            self.notice(
+                f"{result.host} computes with {result.instructions}, this machine with {self.stack.instructions}: the last "
+                f"bits of results may differ from those of a run on one kind of machine"
+            )
+        tensors = {name: unpack(packet) for name, packet in result.tensors.items()}
+        return unit, ((tensors, result.record), result.seconds)
+
+    def _cores(self) -> int:
+        return int(self.ray.cluster_resources().get("CPU", 1))
+
+    def _largest_node(self) -> int:
+        return int(max((n["Resources"].get("CPU", 0) for n in self.ray.nodes() if n["Alive"]), default=1))

@@ -1,0 +1,128 @@
+"""What is to be done, and in which order, whoever does it.
+
+An engine gets jobs, a unit with the statistics of its inputs, and gives back what came of them in any order. Jobs are drawn
+one at a time, since drawing one runs the calibration up to it. Which matrices are worked on by one thread and which by all
+depends on their size alone (:func:`loftq.kernels.threads.is_small`), so that every engine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from loftq.calibrate.choose import Inputs
+from loftq.checkpoint.source import Source
+from loftq.checkpoint.writer import Staging
+from loftq.config import ENGINES, LoftQConfig, one_of
+from loftq.errors import ConfigError
+from loftq.parallel import run_side_by_side
+from loftq.solver.importance import InputStatistics
+from loftq.units import Unit
+
+Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
+"""A unit's tensors and its record, and the seconds that they took."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit to compute, with what is known of its inputs."""
+
+    unit: Unit
+    statistics: InputStatistics | None = None
+
+    @property
+    def size(self) -> int:
+        """Elements of the largest matrix that the job works on: the weight or a factor of its statistics."""
+        return max(self.unit.weights, 0 if self.statistics is None else self.statistics.factored)
+
+
+class Engine(Protocol):
+    """Something that computes."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
+        """What becomes of each job, in any order. Jobs are drawn when there is room for one."""
+
+
+class LocalEngine:
+    """This process, with a thread for each core."""
+
+    def __init__(self, source: Source, config: LoftQConfig) -> None:
+        self.source = source
+        self.config = config
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
+        def calls() -> Iterator[tuple[tuple[Unit, int], Callable[[], Any]]]:
+            for job in jobs:
+                tensor = self.source.read(job.unit.source_name)
+                yield (job.unit, job.size), partial(job.unit.compute, tensor, self.config, job.statistics)
+
+        for (unit, _), computed in run_side_by_side(calls(), lambda key: key[1]):
+            yield unit, computed
+
+
+def check_engine(name: str, address: str | None) -> None:
+    """A :class:`ConfigError` for an engine that does not exist, or an address for one that has none."""
+    one_of("engine", name, ENGINES)
+    if address is not None and name != "ray":
+        raise ConfigError(f"address is {address!r}, but the engine is {name}; add --engine ray or leave --address out")
+
+
+@contextmanager
+def open_engine(
+    name: str, source: Source, config: LoftQConfig, address: str | None, notice: Callable[[str], None]
+) -> Iterator[Engine]:
+    """The engine of that name.
+
+    Raises:
+        ConfigError: see :func:`check_engine`; Ray is not installed. ClusterError: there is no cluster at the address.
+    """
+    check_engine(name, address)
+    if name == "local":
+        yield LocalEngine(source, config)
+        return
+    from loftq.engine.cluster import RayEngine, connected
+
+    with connected(address) as ray:
+        yield RayEngine(ray, source, config, notice)
+
+
+def run_all(
+    engine: Engine,
+    units: list[Unit],
+    config: LoftQConfig,
+    inputs: Inputs,
+    staging: Staging,
+    index: Mapping[str, str],
+    write: Callable[[Unit, Computed], dict[str, Tensor]],
+) -> None:
+    """Every unit that is not done: first those that need nothing, then the layers in the order of the calibration."""
+    by_name = {unit.name: unit for unit in units}
+    waiting = set(inputs.targets)
+    todo = [unit for unit in units if unit.name not in staging.done]
+    with inputs.open(len(waiting - staging.done.keys()) > 0) as groups:
+        free = (Job(unit, inputs.unseen(unit.plan)) for unit in todo if unit.name not in waiting)
+        behind = (
+            Job(by_name[name], group.statistics())
+            for group in groups
+            for name in group.names
+            if name not in staging.done
+        )
+        if not inputs.propagate:
+            for unit, computed in engine.run(chain(free, behind)):
+                write(unit, computed)
+            return
+        for unit, computed in engine.run(free):
+            write(unit, computed)
+        for group in groups:
+            new = [name for name in group.names if name not in staging.done]
+            for unit, computed in engine.run(Job(by_name[name], group.statistics()) for name in new):
+                inputs.replace(unit.name, unit.dense(write(unit, computed), config))
+            for name in [n for n in group.names if n not in new]:
+                unit = by_name[name]
+                inputs.replace(name, unit.dense({n: staging.read(index[n]) for n in unit.outputs}, config))

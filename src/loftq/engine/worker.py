@@ -1,0 +1,178 @@
+"""What a worker of a cluster does: it opens the source itself, reads one tensor, and gives back what came of it.
+
+Nothing here knows Ray. Tensors travel as bytes in numpy arrays, which an object store shares without copying, and are copied
+into torch's own memory where they arrive: BLAS may round differently at an address of another alignment.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loftq.calibrate.statistics import OF_INPUT, OF_LAYER
+from loftq.checkpoint.source import Source, as_bytes, hub_snapshot, open_source
+from loftq.config import LoftQConfig
+from loftq.errors import ClusterError, LoftQError, SourceError
+from loftq.parallel import timed
+from loftq.report.system import versions
+from loftq.solver.importance import InputStatistics
+from loftq.units import Unit
+
+
+class Packet(NamedTuple):
+    """A tensor on its way."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: np.ndarray  # uint8
+
+
+def pack(tensor: Tensor) -> Packet:
+    tensor = tensor.detach().cpu().contiguous()
+    return Packet(tensor.dtype, tuple(tensor.shape), as_bytes(tensor))
+
+
+def unpack(packet: Packet) -> Tensor:
+    tensor = torch.empty(packet.shape, dtype=packet.dtype)
+    as_bytes(tensor)[:] = packet.data
+    return tensor
+
+
+def pack_statistics(statistics: InputStatistics) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What belongs to an input, and what to one layer."""
+    parts = []
+    for names in (OF_INPUT, OF_LAYER):
+        found = {name: getattr(statistics, name) for name in names}
+        parts.append({name: pack(value) for name, value in found.items() if value is not None})
+    return {**parts[0], "tokens": statistics.tokens}, parts[1]
+
+
+class Stack(NamedTuple):
+    """What the bytes of a result depend on besides its input."""
+
+    versions: dict[str, str]
+    instructions: str
+
+    @classmethod
+    def here(cls) -> Stack:
+        relevant = ("torch", "numpy", "numba")  # the driver's loftq is what runs
+        return cls({k: v for k, v in versions().items() if k in relevant}, torch.backends.cpu.get_cpu_capability())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a worker finds the source.
+
+    Attributes:
+        path: absolute. files: name and bytes of each weight file.
+        hub: repository and commit, where the path is in the hub's cache.
+    """
+
+    path: str
+    files: tuple[tuple[str, int], ...]
+    hub: tuple[str, str] | None
+
+    @classmethod
+    def of(cls, source: Source) -> Origin:
+        path = source.path.absolute()
+        return cls(str(path), _sizes(source), hub_snapshot(path))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job without its tensors.
+
+    Attributes:
+        threads: to compute with, as many as the local run would have: results depend on it.
+        shared: tells the inputs that several layers share apart; ``None`` without statistics.
+        of_layer: statistics that are one layer's. stack: the driver's.
+    """
+
+    unit: Unit
+    origin: Origin
+    config: LoftQConfig
+    threads: int
+    shared: str | None
+    of_layer: Mapping[str, Packet]
+    stack: Stack
+
+
+class Result(NamedTuple):
+    tensors: dict[str, Packet]
+    record: dict[str, Any]
+    seconds: float
+    host: str
+    instructions: str
+
+
+def compute(task: Task, of_input: Mapping[str, Any] | None) -> Result | LoftQError:
+    """Do a task. A mistake of the user is returned, so that it reaches the user as the one sentence that it is."""
+    try:
+        here = Stack.here()
+        other = [n for n, v in task.stack.versions.items() if here.versions.get(n) != v]
+        if other:
+            raise ClusterError(
+                f"the worker on {platform.node()} has {other[0]} {here.versions.get(other[0])}, expected "
+                f"{task.stack.versions[other[0]]} as where the command runs, since results would differ; install that version"
+            )
+        torch.set_num_threads(task.threads)
+        tensor = reopened(task.origin).read(task.unit.source_name)
+        statistics = None
+        if task.shared is not None and of_input is not None:
+            statistics = _inputs(task.shared, of_input)
+            if task.of_layer:
+                statistics = statistics.of_layer(**{n: unpack(p) for n, p in task.of_layer.items()})
+        (tensors, record), seconds = timed(partial(task.unit.compute, tensor, task.config, statistics))
+        packed = {name: pack(tensor) for name, tensor in tensors.items()}
+        return Result(packed, record, seconds, platform.node(), here.instructions)
+    except LoftQError as error:
+        return error.with_traceback(None)
+
+
+@lru_cache(maxsize=1)
+def reopened(origin: Origin) -> Source:
+    """The source, opened once by each worker.
+
+    Raises:
+        SourceError: it is not there, or not the same.
+    """
+    here = platform.node()
+    if Path(origin.path).exists():
+        source = open_source(origin.path)
+    elif origin.hub is not None:
+        source = open_source(*origin.hub)
+    else:
+        raise SourceError(
+            f"{origin.path} does not exist on {here}, where a worker runs; put the model on storage that every machine has "
+            f"under this path, or name it by its hub id"
+        )
+    if _sizes(source) != origin.files:
+        raise SourceError(
+            f"{origin.path} has other files on {here}, where a worker runs, than where the command runs; copy the model anew"
+        )
+    return source
+
+
+def _sizes(source: Source) -> tuple[tuple[str, int], ...]:
+    return tuple((file.name, file.stat().st_size) for file in source.files)
+
+
+# The latest input only: the layers that share it come one after the other, and so share the factors computed from it.
+_latest: tuple[str, InputStatistics] | None = None
+
+
+def _inputs(key: str, of_input: Mapping[str, Any]) -> InputStatistics:
+    global _latest
+    if _latest is None or _latest[0] != key:
+        _latest = None  # frees the factors before the next ones are computed
+        tensors = {name: unpack(value) for name, value in of_input.items() if name != "tokens"}
+        _latest = (key, InputStatistics(tokens=of_input["tokens"], **tensors))
+    return _latest[1]

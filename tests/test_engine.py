@@ -1,0 +1,345 @@
+"""Quantizing on a Ray cluster of this machine's processes: the same bytes as locally, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers as tf
+
+import loftq
+from letters import letters
+from loftq import units
+from loftq.calibrate.choose import collect_statistics
+from loftq.checkpoint.source import hub_snapshot, open_source
+from loftq.checkpoint.writer import Staging
+from loftq.engine import cluster, jobs, worker
+from loftq.kernels import threads
+from loftq.solver.importance import InputStatistics
+from test_resume import contents, differences
+from tiny import tiny_model
+
+ray = pytest.importorskip("ray", reason="needs Ray")
+
+WEIGHTS = loftq.LoftQConfig(bits=2, rank=4, num_iter=1, calibration=None)
+TEXT = "the quick brown fox jumps over the lazy dog and then it runs away from all of them\n" * 40
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[None]:
+    """A cluster of two cores, started as `loftq quantize --engine ray` does it, and the tests' own connection to it."""
+    options = cluster._options("local")
+    options["runtime_env"]["env_vars"]["PYTHONPATH"] += f":{Path(__file__).parent}"
+    ray.init("local", num_cpus=2, object_store_memory=200_000_000, log_to_driver=False, logging_level=40, **options)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch) -> Path:
+    """The adapter's config holds the output's path, so every run writes to ``out`` in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def decoder(folder: Path, layers: int = 2, hidden: int = 64) -> Path:
+    """A random Llama with a tokenizer, so that it can be calibrated; k and v are smaller than q, which shares their input."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=len(letters()),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    tf.LlamaForCausalLM(config).save_pretrained(folder / "source")
+    letters().save_pretrained(folder / "source")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "source"
+
+
+def calibrated(**changes) -> loftq.LoftQConfig:
+    options = {"bits": 2, "rank": 4, "num_iter": 2, "calibration": "text.txt", "calibration_samples": 4}
+    options |= {"calibration_length": 32, "calibration_gradients": 2}
+    return loftq.LoftQConfig(**{**options, **changes})
+
+
+def quantized(config: loftq.LoftQConfig, engine: str, **options) -> dict[str, bytes]:
+    """What a run writes; the folder is removed to make place for the next."""
+    loftq.quantize_checkpoint(
+        "source", "out", config, progress=options.pop("progress", False), engine=engine, **options
+    )
+    found = contents(Path("out"))
+    Path("out").rename(f"out-{engine}-{time.monotonic_ns()}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": None},
+        {},
+        {"propagate": True, "calibration_gradients": 0},
+        {"method": "lq-lora"},
+        {"method": "lqer", "scale_dtype": "bfloat16"},
+    ],
+    ids=["weights", "loftq-data", "propagate", "fisher", "lqer"],
+)
+def test_same_bytes(two_workers, workdir, changes):
+    decoder(workdir)
+    config = calibrated(**changes)
+    assert differences(quantized(config, "ray"), quantized(config, "local")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "small", [2_000, 5_000], ids=["all large", "q, o large for their input's factor; k, v as well"]
+)
+def test_same_bytes_where_matrices_are_large(two_workers, workdir, monkeypatch, small):
+    """Large matrices are worked on by as many threads as the driver has, and so are the factors that small ones share."""
+    monkeypatch.setattr(threads, "SMALL", small)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        decoder(workdir, layers=1, hidden=128)
+        config = calibrated()
+        local = quantized(config, "local")
+        assert differences(quantized(config, "ray"), local) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_statistics_of_a_file(two_workers, workdir):
+    decoder(workdir)
+    collect_statistics("source", calibrated(), progress=False).save("statistics")
+    runs = [quantized(calibrated(), engine, statistics="statistics") for engine in ("ray", "local")]
+    assert differences(*runs) == []
+
+
+def busy_workers() -> list[psutil.Process]:
+    """Processes that compute one of our tasks, which Ray puts into their title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::model.layers"):  # others are idle, or Ray's own
+                found.append(process)
+    return found
+
+
+def test_a_worker_killed_in_the_middle(two_workers, workdir):
+    decoder(workdir, layers=3, hidden=192)
+    config = calibrated(calibration=None, num_iter=8, svd="exact")
+    expected = quantized(config, "local")
+    killed = []
+
+    def progress(name: str, weights: int) -> None:
+        if "proj" in name and not killed:  # tasks are under way
+            stop = time.monotonic() + 20
+            while not killed and time.monotonic() < stop:
+                for process in busy_workers()[:1]:
+                    process.kill()
+                    process.wait(10)
+                    killed.append(process.pid)
+        assert killed or "proj" not in name, "no worker was busy"
+
+    assert differences(quantized(config, "ray", progress=progress), expected) == []
+    assert len(killed) == 1
+
+
+def kill_this_process(*args) -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_kills_its_workers(two_workers, workdir, monkeypatch):
+    decoder(workdir, layers=1)
+    monkeypatch.setattr(cluster, "RETRIES", 1)
+    monkeypatch.setattr(cluster, "compute", kill_this_process)
+    with pytest.raises(
+        loftq.ClusterError, match=r"_proj could not be computed, its worker was lost 2 times.*run the same"
+    ):
+        quantized(WEIGHTS, "ray")
+
+
+@pytest.mark.parametrize("first", ["ray", "local"])
+def test_either_engine_continues_what_the_other_began(two_workers, workdir, monkeypatch, first):
+    decoder(workdir)
+    config = calibrated()
+    second = {"ray": "local", "local": "ray"}[first]
+    expected = quantized(config, "local")
+    write = Staging.write_unit
+
+    def interrupt(self, unit, *rest):
+        if sum("proj" in name for name in self.done) == 5:
+            raise KeyboardInterrupt
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "write_unit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(config, first)
+    before = [json.loads(line)["unit"] for line in Path("out.incomplete/journal.jsonl").read_text().splitlines()[1:]]
+    assert sum("proj" in name for name in before) == 5
+    found = quantized(config, second)
+    assert differences(found, expected) == []
+
+
+def test_a_bad_weight_is_the_same_sentence(two_workers, workdir):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained("source")
+    said = []
+    for engine in ("local", "ray"):
+        with pytest.raises(loftq.WeightError) as raised:
+            quantized(WEIGHTS, engine)
+        said.append(str(raised.value))
+    assert said[0].startswith("model.layers.1.mlp.up_proj: ")
+    assert said[1] == said[0]
+
+
+def task_for(folder: Path, **changes) -> worker.Task:
+    from loftq.checkpoint.naming import meta_model
+    from loftq.plan.targets import plan_modules
+
+    source = open_source(folder)
+    model = meta_model(source.config())
+    unit = next(u for u in units.make_units(source, model, plan_modules(model, WEIGHTS)) if u.plan is not None)
+    values = {"unit": unit, "origin": worker.Origin.of(source), "config": WEIGHTS, "threads": 1, "shared": None}
+    return worker.Task(**{**values, "of_layer": {}, "stack": worker.Stack.here(), **changes})
+
+
+def test_a_worker_without_the_source(workdir):
+    task = task_for(decoder(workdir))
+    (workdir / "source").rename(workdir / "elsewhere")
+    error = worker.compute(task, None)
+    assert isinstance(error, loftq.SourceError)
+    assert "source does not exist on" in str(error)
+    assert "put the model on storage" in str(error)
+
+
+def test_a_worker_with_another_source(workdir):
+    task = task_for(decoder(workdir))
+    weights = workdir / "source" / "model.safetensors"
+    tiny_model("llama").save_pretrained(weights.parent)
+    error = worker.compute(task, None)
+    assert isinstance(error, loftq.SourceError)
+    assert "has other files on" in str(error)
+
+
+def test_a_worker_with_another_torch(workdir):
+    here = worker.Stack.here()
+    stack = here._replace(versions={**here.versions, "torch": "1.0"})
+    error = worker.compute(task_for(decoder(workdir), stack=stack), None)
+    assert isinstance(error, loftq.ClusterError)
+    assert f"has torch {here.versions['torch']}, expected 1.0" in str(error)
+
+
+def test_a_worker_finds_a_snapshot_of_the_hub_in_its_own_cache(workdir, monkeypatch):
+    """The driver's cache is elsewhere than the worker's."""
+    snapshot = workdir / "cache" / "models--some--model" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    decoder(workdir).rename(snapshot)
+    assert hub_snapshot(snapshot) == ("some/model", "0123abcd")
+    task = task_for(snapshot)
+    (workdir / "cache").rename(workdir / "own-cache")
+    own = workdir / "own-cache" / "models--some--model" / "snapshots" / "0123abcd"
+    asked = []
+
+    def opened(*arguments):
+        asked.append(arguments)
+        return open_source(own)
+
+    monkeypatch.setattr(worker, "open_source", opened)
+    result = worker.compute(task, None)
+    assert isinstance(result, worker.Result), result
+    assert asked == [("some/model", "0123abcd")]
+
+
+def test_packets_keep_every_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        tensor = torch.randn(3, 5).to(dtype) if dtype.is_floating_point else torch.arange(15, dtype=dtype).view(3, 5)
+        found = worker.unpack(worker.pack(tensor.T))
+        assert found.dtype == dtype
+        assert torch.equal(found, tensor.T)
+        assert found.data_ptr() % 64 == 0
+
+
+def test_layers_that_share_an_input_share_its_factors(monkeypatch):
+    """In a worker as well, for as long as they come one after the other."""
+    moment = torch.eye(4)
+    shared = InputStatistics(moment, tokens=7)
+    packed, of_layer = worker.pack_statistics(shared.of_layer(fisher_rows=torch.ones(3)))
+    assert set(packed) == {"second_moment", "tokens"}
+    assert set(of_layer) == {"fisher_rows"}
+    monkeypatch.setattr(worker, "_latest", None)
+    first = worker._inputs("a", packed)
+    assert first.tokens == 7
+    assert worker._inputs("a", packed) is first
+    assert worker._inputs("b", packed) is not first
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "spark"}, loftq.ConfigError, "engine is 'spark', expected one of local, ray"),
+        ({"address": "auto"}, loftq.ConfigError, "address is 'auto', but the engine is local; add --engine ray"),
+        ({"engine": "ray", "address": "auto"}, loftq.ConfigError, "Ray is connected already; leave it out"),
+    ],
+    ids=["engine", "address", "connected"],
+)
+def test_mistakes(two_workers, workdir, options, error, message):
+    decoder(workdir)
+    with pytest.raises(error, match=message):
+        loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, **options)
+
+
+def test_nobody_at_the_address(workdir, monkeypatch):
+    import socket
+
+    decoder(workdir)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as held:  # bound, but nothing listens
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(
+            loftq.ClusterError, match=rf"no Ray cluster answers at '{address}' .*start one with `ray start"
+        ):
+            loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, engine="ray", address=address)
+
+
+def test_without_ray(workdir, monkeypatch):
+    decoder(workdir)
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    message = r'the engine ray needs Ray, which is not installed; pip install "loftq\[ray\]"'
+    with pytest.raises(loftq.ConfigError, match=message):
+        loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, engine="ray")
+
+
+def test_jobs_ahead_are_bounded(two_workers, workdir, monkeypatch):
+    """Statistics of the layers to come are not computed, and do not fill memory, before there is a worker for them."""
+    decoder(workdir, layers=4)
+    drawn, written, ahead = [], [], []
+    original = jobs.Job
+
+    def job(unit, statistics=None):
+        if unit.plan is not None:
+            drawn.append(unit.name)
+            ahead.append(len(drawn) - len(written))
+        return original(unit, statistics)
+
+    monkeypatch.setattr(jobs, "Job", job)
+    quantized(calibrated(), "ray", progress=lambda name, weights: written.append(name) if "proj" in name else None)
+    assert len(drawn) == 28
+    assert max(ahead) <= 4, ahead  # one more than the two workers have cores, and the one just drawn
