@@ -8,7 +8,8 @@
 | `sst2`, `cola` | all-MiniLM-L6-v2 | SST-2, 12,000 rows; CoLA, 2 epochs | GLUE's validation split | 2, 4 | 3 |
 | `stories` | stories260K | its `train` ids, until it no longer improves | its `eval` ids | 2, 3, 4 | 3 |
 
-QLoRA and LoftQ have the papers' quantizer (absmax scales; T = 5), loftq-data has the defaults. LoRA takes the modules and
+QLoRA and LoftQ have the papers' quantizer (absmax scales; T = 5); loftq-data, the default at 2 bits, and loftq-data-zero, the
+default above, have the default one. LoRA takes the modules and
 ranks of a quantized folder, and trains an adapter on the original weights. 2.5 bits are the paper's: as many of the first
 layers at 4 bits as keep the average at 2.5, the others at 2. On SmolLM2 every method has the learning rate that is its own
 best of `rates`, at 2 bits (for 2 and 2.5) or at 4 bits (for 3 and 4), so that none is judged at a rate that suits another; a
@@ -77,8 +78,8 @@ class Model:
         width = ("--bits", 2, "--first-layers-bits", self.first_layers) if bits == "2.5" else ("--bits", bits)
         quantize = ("quantize", self.folder(), *out, *width, "--rank", self.rank)
         if method in ("data", "zero"):
-            ours = ("--method", "loftq-data-zero") if method == "zero" else ()
-            return [STATISTICS, (*quantize, *ours, "--statistics", made / STATISTICS)]
+            ours = "loftq-data-zero" if method == "zero" else "loftq-data"
+            return [STATISTICS, (*quantize, "--method", ours, "--statistics", made / STATISTICS)]
         published = (
             ("--codebook", codebook, "--scale", "absmax", "--scale-dtype", "float32") if codebook else ("--published",)
         )
@@ -257,7 +258,9 @@ def wikitext2() -> Experiment:
         "SmolLM2-135M on WikiText-2",
         SMOLLM2,
         "perplexity",
-        at_best_rate(runs(ALL, {"2": 2, "3": 1, "4": 2, "2.5": 1}) + runs(["loftq-data-zero"], {"2": 1, "4": 2})),
+        at_best_rate(
+            runs(ALL, {"2": 2, "3": 1, "4": 2, "2.5": 1}) + runs(["loftq-data-zero"], {"2": 1, "3": 1, "4": 2})
+        ),
         lambda folder: {**wikitext(folder, "train", "test"), "max-steps": 64, "batch-size": 4, "warmup-ratio": 0.1},
     )
 

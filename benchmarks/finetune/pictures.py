@@ -11,7 +11,14 @@ from experiments import HERE, METHODS
 
 PLOTS = HERE / "plots"
 # Okabe and Ito's colours; black is for this project's own start.
-COLOURS = {"lora": "#666666", "qlora": "#E69F00", "loftq": "#0072B2", "loftq-data": "black", "refined": "#D55E00"}
+COLOURS = {
+    "lora": "#666666",
+    "qlora": "#E69F00",
+    "loftq": "#0072B2",
+    "loftq-data": "black",
+    "loftq-data-zero": "#009E73",
+    "refined": "#D55E00",
+}
 CODEBOOK_LINES = {"": "-", "nf": "-", "uniform": "--"}
 METRICS = {"perplexity": "perplexity", "accuracy": "accuracy, %", "matthews": "Matthews correlation, %"}
 

@@ -42,6 +42,14 @@ METHODS = (
 T = TypeVar("T")
 
 
+def default_method(bits: float, calibrated: bool) -> str:
+    """The method where none is named: the start that fine-tuning ends best from, as measured in ``benchmarks/finetune``.
+
+    At 2 bits the adapter does best to begin with the principal part of the weights, above with the error of the rest alone.
+    """
+    return "loftq" if not calibrated else "loftq-data" if bits < 3 else "loftq-data-zero"
+
+
 def one_of(name: str, value: T, allowed: Iterable[T]) -> T:
     """``value`` if it is allowed, else a :class:`ConfigError` that lists what is."""
     allowed = tuple(allowed)
@@ -137,8 +145,9 @@ class LoftQConfig:
         use_rslora: scaling = alpha / sqrt(r) instead of alpha / r.
         lora_dropout: dropout that fine-tuning will use; written to the adapter's config.
         num_iter: alternations T. 0 keeps the plain quantization and PEFT's default initialisation (QLoRA).
-        method: a name of :data:`loftq.solver.methods.METHODS`; ``None`` means ``loftq-data`` where there is a calibration
-            text and ``loftq`` where there is none.
+        method: a name of :data:`loftq.solver.methods.METHODS`; ``None`` means that of :func:`default_method`:
+            ``loftq-data`` where there is a calibration text, from 3 bits on ``loftq-data-zero``, and ``loftq`` where there
+            is none.
         damping: λ, from 0 (only the outputs' error counts) to 1 (only the weights'); ``None`` for the method's own.
         svd: ``exact`` (LAPACK), ``block`` (block power iteration, warm-started) or ``auto``.
         target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT.

@@ -67,8 +67,8 @@ VARIANTS = (
         ("--bits", "2", "--method", "loftq", "--published", "--iters", "5"),
     ),
     Variant("loftq-data, 2 bits", KEPT, ("--bits", "2", "--iters", "1"), data=True),
-    Variant("loftq-data, 3 bits", "loftq-3bit", ("--bits", "3", "--iters", "1"), data=True),
-    Variant("loftq-data, 4 bits", "loftq-4bit", ("--bits", "4", "--iters", "1"), data=True),
+    Variant("loftq-data-zero, 3 bits", "loftq-3bit", ("--bits", "3", "--iters", "1"), data=True),
+    Variant("loftq-data-zero, 4 bits", "loftq-4bit", ("--bits", "4", "--iters", "1"), data=True),
 )
 
 

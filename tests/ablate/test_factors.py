@@ -1,5 +1,7 @@
 """Which combinations a sweep measures: canonical cells mean the same bytes, others do not; what is impossible is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,6 +85,8 @@ def test_what_makes_no_difference():
     assert asked("cloq", 5).resolved(False) == asked("cloq", 1, damping=0.01 / 1.01).resolved(False)
     assert asked("loftq-data", 5).resolved(False).damping == 0.005
     assert asked(None, 5).resolved(False).method == "loftq-data"
+    assert replace(asked(None, 5), bits=2.5).resolved(False).method == "loftq-data"
+    assert replace(asked(None, 5), bits=3).resolved(False).method == "loftq-data-zero"
     assert asked(None, 5, None).resolved(False).method == "loftq"
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from loftq import quickstart
 from loftq.cli import app
+from loftq.config import default_method
 from loftq.errors import OutputError
 from tiny import tiny_model
 
@@ -51,7 +52,7 @@ def test_rows_and_results(model_dir, tmp_path):
         expected += [variant.label, f"{variant.label}, refined"] if variant.data else [variant.label]
     assert list(rows) == expected
     assert rows["LoftQ as published, 2 bits"]["weight_error"] < rows["QLoRA, 2 bits"]["weight_error"]
-    errors = [rows[f"loftq-data, {bits} bits"]["weight_error"] for bits in (2, 3, 4)]
+    errors = [rows[f"{default_method(bits, True)}, {bits} bits"]["weight_error"] for bits in (2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     assert all(row["peak_memory_bytes"] > 1e8 for row in results["rows"][1:])
     assert sorted(p.name for p in out.iterdir()) == [quickstart.KEPT, quickstart.RESULTS]

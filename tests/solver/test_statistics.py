@@ -33,7 +33,8 @@ def second_moment(n: int) -> torch.Tensor:
 def test_default_method_follows_the_statistics():
     weight = gaussian(20, 64)
     assert decompose(weight, QuantSpec(2), rank=4).method == "loftq"
-    assert decompose(weight, QuantSpec(2), rank=4, importance=statistics_for(20, 64)).method == "loftq-data"
+    for bits, method in ((2, "loftq-data"), (3, "loftq-data-zero"), (4, "loftq-data-zero")):
+        assert decompose(weight, QuantSpec(bits), rank=4, importance=statistics_for(20, 64)).method == method
 
 
 @every_method

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loftq.config import BITS, CODEBOOKS, METHODS, LoftQConfig, check_damping, is_number, one_of, positive_int
+from loftq.config import (
+    BITS,
+    CODEBOOKS,
+    METHODS,
+    LoftQConfig,
+    check_damping,
+    default_method,
+    is_number,
+    one_of,
+    positive_int,
+)
 from loftq.errors import ConfigError
 from loftq.solver.methods import METHODS as SETTINGS
 from loftq.solver.methods import Method
@@ -25,7 +35,7 @@ class Factors:
     """One combination.
 
     Attributes:
-        method: ``None`` for ``loftq-data`` with a calibration text and ``loftq`` without.
+        method: ``None`` for that of :func:`loftq.config.default_method`.
         bits: width of the codes; between 2, 3, 4 and 8 their average, by the first-layers rule.
         rank: of the adapters; 0 where plain quantization stands for all ranks.
         iters: alternations T. codebook: see :class:`loftq.QuantSpec`.
@@ -49,7 +59,7 @@ class Factors:
         Raises:
             ConfigError: the method works on a text, and there is none.
         """
-        name = self.method or ("loftq" if self.calibration is None else "loftq-data")
+        name = self.method or default_method(self.bits, self.calibration is not None)
         method = SETTINGS[name]
         if method.needs_inputs and self.calibration is None:
             raise ConfigError(
@@ -196,7 +206,8 @@ class Sweep:
 
 
 _HINTS = {
-    "calibration": ", or a method that reads the text: --method default is loftq-data with a text and loftq without",
+    "calibration": ", or a method that reads the text: --method default is loftq-data with a text, from 3 bits on "
+    "loftq-data-zero, and loftq without",
     "damping": ", or a calibration text and a method that reads it",
     "iters": ", or a method with more than one step such as loftq",
 }

@@ -19,7 +19,7 @@ from loftq.calibrate.forward import Group, StreamedForward
 from loftq.calibrate.statistics import OF_LAYER, Statistics
 from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
-from loftq.config import LoftQConfig
+from loftq.config import LoftQConfig, default_method
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.text import BUILTIN
 from loftq.plan.targets import ModulePlan
@@ -122,7 +122,9 @@ def calibrated(
         covered = tuple(name for name in linear if name in statistics)
         if not covered:
             raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
-        return Inputs(config.method or "loftq-data", covered, dict(statistics.summary), statistics=statistics)
+        return Inputs(
+            config.method or default_method(config.bits, True), covered, dict(statistics.summary), statistics=statistics
+        )
     name = config.calibration
     if name == "auto":
         name = BUILTIN if _is_causal(model) and (tokenizer := _tokenizer(source)) is not None else None
@@ -161,7 +163,7 @@ def calibrated(
         seed=config.seed,
         model=_generator(source) if name == "self" else None,
     )
-    method = config.method or "loftq-data"
+    method = config.method or default_method(config.bits, True)
     gradients = _gradients(model, config, METHODS[method])
     summary = {**describe(tokens, True, gradients), "propagate": config.propagate}
     return Inputs(

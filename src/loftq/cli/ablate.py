@@ -36,7 +36,8 @@ def ablate(
     method: Annotated[
         str,
         typer.Option(
-            help=f"With commas: {', '.join(METHODS)}; `default` is loftq-data with a calibration text, loftq without."
+            help=f"With commas: {', '.join(METHODS)}; `default` is loftq-data with a calibration text, from 3 bits on "
+            "loftq-data-zero, and loftq without one."
         ),
     ] = "default",
     calibration: Annotated[

@@ -29,7 +29,8 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help=f"{options.choices(METHODS)}.", show_default="loftq-data with a calibration text, loftq without"
+            help=f"{options.choices(METHODS)}.",
+            show_default="loftq-data with a text, from 3 bits on loftq-data-zero; loftq without",
         ),
     ] = None,
     calibration: Annotated[

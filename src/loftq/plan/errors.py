@@ -159,7 +159,7 @@ def measure_errors(
 
     Args:
         source: the model.
-        config: selection, quantizer, method (``None``: ``loftq-data`` with inputs, ``loftq`` without), ``num_iter``,
+        config: selection, quantizer, method (``None``: see :func:`loftq.config.default_method`), ``num_iter``,
             damping, SVD and seed. Its own bits, block size and rank are not used.
         choices: from :func:`grid`.
         inputs: the calibration; without one the weights' errors count.

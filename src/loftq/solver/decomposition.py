@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loftq.codec import QuantizedTensor
 from loftq.codec.blockwise import check_weight, comfortable_gain, divided
-from loftq.config import SVDS, QuantSpec, check_alpha, check_damping, one_of, positive_int
+from loftq.config import SVDS, QuantSpec, check_alpha, check_damping, default_method, one_of, positive_int
 from loftq.errors import ConfigError
 from loftq.solver.alternate import Adapter, Search
 from loftq.solver.importance import InputStatistics, Metric
@@ -86,8 +86,8 @@ def decompose(
         spec: how Q is stored.
         rank: r. Beyond min(out, in) the surplus starts as PEFT starts an adapter: A random, B zero.
         num_iter: alternations T; 0 is plain quantization with PEFT's default adapter.
-        method: a name of :data:`loftq.solver.methods.METHODS`; by default ``loftq-data`` with ``importance`` and ``loftq``
-            without.
+        method: a name of :data:`loftq.solver.methods.METHODS`; by default that of
+            :func:`loftq.config.default_method`.
         lora_alpha: LoRA's alpha, ``None`` for the rank. The factors are divided by sqrt(scaling) each, so the layer
             computes the fitted matrix for every alpha.
         use_rslora: scaling alpha / sqrt(r) instead of alpha / r.
@@ -108,7 +108,7 @@ def decompose(
     check_alpha(lora_alpha)
     check_damping(damping)
     if method is None:
-        method = "loftq" if importance is None else "loftq-data"
+        method = default_method(spec.bits, importance is not None)
     chosen = method_named(method)
     check_weight(weight)
     statistics = InputStatistics(importance) if isinstance(importance, Tensor) else importance
