@@ -264,7 +264,7 @@ def test_encoder_has_norms_only(minilm_dir, tmp_path):
         (["--iters", "0,x"], "--iters has 'x', expected whole numbers with commas such as 0,1,5"),
         (["--damping", "a"], "--damping has 'a', expected numbers"),
         (["--base", "bits"], "--base has 'bits', expected FACTOR=VALUE"),
-        (["--bits", ""], "bits is empty"),
+        (["--bits", ""], "--bits is .., which names nothing"),
         (["--task", "causal"], "needs --task and --data, but --data is missing"),
         (["--data", "x.jsonl"], "but --task is missing"),
         (["--task", "causal", "--data", "x.jsonl"], "nothing to measure them on"),
