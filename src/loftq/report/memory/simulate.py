@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
-from loftq.modules import PackedWeight
+from loftq.modules import PackedModule, QuantExperts
 from loftq.modules.ops import plain_scales
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
@@ -123,7 +123,12 @@ def simulate_step(
         _without_mask(base)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it prints the traceback of an operation that fails
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _dropout_of(device):
+        with (
+            warnings.catch_warnings(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _dropout_of(device),
+            _even_routing(),
+        ):
             warnings.simplefilter("ignore")
             if checkpointing:
                 base.config.use_cache = False
@@ -174,6 +179,26 @@ def _dropout_of(device: str) -> Iterator[None]:
         nn.functional.dropout = original
 
 
+@contextmanager
+def _even_routing() -> Iterator[None]:
+    """Packed experts get equally many tokens each, since no values say which."""
+    original = QuantExperts.routed
+
+    def evenly(self: QuantExperts, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        tokens, places = top_k_index.shape
+        for expert in range(self.num_experts):
+            count = (expert + 1) * tokens * places // self.num_experts - expert * tokens * places // self.num_experts
+            if count:
+                index = top_k_index.new_zeros(count)
+                yield expert, index, index
+
+    QuantExperts.routed = evenly  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        QuantExperts.routed = original  # type: ignore[method-assign]
+
+
 def _without_mask(model: nn.Module) -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -208,6 +233,6 @@ def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
 def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> int:
     """The memory that packed layers share on the CPU: the size of the largest in ``dtype``, that of the products; see
     :mod:`loftq.modules.ops`."""
-    shapes = [m.matrix_shape for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
-    largest = max((rows * columns for rows, columns in shapes), default=0)
+    multiplied = [m for m in model.modules() if isinstance(m, PackedModule) and not isinstance(m, nn.Embedding)]
+    largest = max((m.largest_matrix for m in multiplied), default=0)
     return dtype.itemsize * largest if device == "cpu" else 0
