@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loftq.codec.qtensor import TensorInfo
 from loftq.config import LoftQConfig
-from loftq.errors import ConfigError, first_line
+from loftq.errors import ConfigError
 from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
 
 if TYPE_CHECKING:
@@ -113,24 +113,23 @@ def lora_config(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    _check_targets(lora, model)
+    _check_targets(lora, model, (name for name, plan in plans.items() if not plan.experts))
     return lora
 
 
-def _check_targets(lora: LoraConfig, model: nn.Module) -> None:
+def _check_targets(lora: LoraConfig, model: nn.Module, linear: Iterable[str]) -> None:
     """Refuse linear layers whose names PEFT takes for the experts of an older version of the architecture."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     read = copy.deepcopy(lora)
-    try:
-        convert_peft_config_for_transformers(read, model, None)
-        taken = sorted(set(lora.target_modules or ()) - set(read.target_modules or ()))
-    except ValueError as error:
-        taken = [first_line(error)]
-    if taken:
+    convert_peft_config_for_transformers(read, model, None)
+    taken = set(lora.target_modules or ()) - set(read.target_modules or ())
+    layers = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in taken)]
+    if layers:
+        ends = tuple(sorted({".".join(name.split(".")[-2:]) for name in layers}))
         raise ConfigError(
-            f"PEFT takes {', '.join(taken)} of a {type(model).__name__} for experts, expected other linear layers beside them; "
-            f"leave them out with exclude_modules={tuple(name.rpartition('.')[2] for name in taken)!r}"
+            f"PEFT takes {layers[0]} (and {len(layers) - 1} more linear layers) of a {type(model).__name__} for experts and "
+            f"gives it no adapter, expected other names; leave them in full precision with exclude_modules={ends!r}"
         )
 
 

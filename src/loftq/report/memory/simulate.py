@@ -189,8 +189,7 @@ def _even_routing() -> Iterator[None]:
         for expert in range(self.num_experts):
             count = (expert + 1) * tokens * places // self.num_experts - expert * tokens * places // self.num_experts
             if count:
-                index = top_k_index.new_zeros(count)
-                yield expert, index, index
+                yield expert, top_k_index.new_zeros(count), top_k_index.new_zeros(count)
 
     QuantExperts.routed = evenly  # type: ignore[method-assign]
     try:
