@@ -488,7 +488,9 @@ def test_cost_of_experts_is_what_a_token_meets(tmp_path):
     squares = 0.0
     for expert, x in enumerate(inputs):
         weight = model.state_dict()[DOWN][expert]
+        options = {"method": "cloq", "damping": 0.0, "importance": statistics[f"{DOWN}.{expert}"]}
         seed = loftq.units.module_seed(0, f"{DOWN}.{expert}")
+        one = loftq.decompose(weight, config.spec, rank=4, num_iter=1, seed=seed, **options)
         squares += float(((weight - one.dequantize()) @ x.T).double().square().sum())
     predicted = (entry.objectives[choices[0]] * entry.norm) ** 2 * entry.power
     assert predicted == pytest.approx(squares / sum(counts), rel=1e-3)
