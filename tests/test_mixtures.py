@@ -216,6 +216,22 @@ def test_nothing_dense_is_kept_for_the_backward_pass(mixtral):
     assert not shapes & {(200, 64), (64, 100), (4, 200, 64), (4, 64, 100)}
 
 
+def test_experts_that_fsdp_may_shard(mixtral):
+    """Outputs stay the same, and the packed bytes in memory that can be freed between the passes."""
+    model = load(mixtral)
+    expected = first_output(model, "mixtral")
+    experts = [m for m in model.modules() if isinstance(m, QuantExperts)]
+    for module in experts:
+        for name in module.specs:  # in memory that numpy has not seen
+            setattr(module, name, nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+        module.make_shardable()
+    torch.testing.assert_close(first_output(model, "mixtral"), expected, rtol=0, atol=0)
+    for module in experts:
+        for name in module.specs:
+            storage = getattr(module, name).untyped_storage()
+            storage.resize_(storage.nbytes())  # refused once numpy has seen it
+
+
 @pytest.mark.slow
 def test_loftq_train_and_trainer(tmp_path):
     model = tiny_model("mixtral")

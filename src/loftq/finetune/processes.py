@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from loftq.data.collate import Collator
 from loftq.data.examples import IGNORED, Examples
 from loftq.errors import ConfigError
-from loftq.modules import PackedWeight
+from loftq.modules import PackedModule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +172,7 @@ def spread_here(accelerator: Any, model: nn.Module) -> None:
     state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     state.fsdp_plugin.mixed_precision_policy = None
     for module in model.modules():
-        if isinstance(module, PackedWeight):
+        if isinstance(module, PackedModule):
             module.make_shardable()
 
 

@@ -22,7 +22,7 @@ from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, storage_layo
 from loftq.config import QuantSpec
 from loftq.errors import WeightError
 from loftq.modules.ops import packed_linear
-from loftq.modules.packed import Operands, PackedModule, operands
+from loftq.modules.packed import Operands, PackedModule, operands, unshared
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -70,6 +70,7 @@ class QuantExperts(PackedModule):
         # the dense module without its tensors: it knows the gate, and what to become again
         self.__dict__["_dense"] = copy.copy(dense)  # not as a child, whose tensors would be saved
         self._dense._parameters = dict.fromkeys(dense._parameters)
+        self._is_shardable = False
         self._stored_names: dict[str, dict[str, str]] = {}
         for name, child in dense.named_children():
             self.add_module(name, child)
@@ -107,7 +108,11 @@ class QuantExperts(PackedModule):
         return [(self.matrix_shapes[name], spec) for name, spec in self.specs.items() for _ in range(self.num_experts)]
 
     def _tensors(self, name: str, expert: int) -> dict[str, Tensor]:
-        return {stored: getattr(self, own)[expert] for stored, own in self._stored_names[name].items()}
+        tensors = {stored: getattr(self, own)[expert] for stored, own in self._stored_names[name].items()}
+        return unshared(tensors) if self._is_shardable else tensors
+
+    def make_shardable(self) -> None:
+        self._is_shardable = True
 
     def _operands(self, name: str, expert: int) -> Operands:
         return operands(self._tensors(name, expert), self.specs[name])

@@ -30,6 +30,10 @@ class PackedModule(nn.Module):
         """How many weights the packed tensors stand for."""
         return sum(rows * columns for (rows, columns), _ in self.packed_matrices)
 
+    def make_shardable(self) -> None:
+        """Hold the packed bytes as frozen parameters from now on: of those FSDP2 gives each process a part, of buffers not."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         before = {name: self._buffers[name] for name in self.packed_names if name in self._buffers}
         super()._apply(fn, recurse)
@@ -71,13 +75,9 @@ class PackedWeight(PackedModule):
     def _packed_tensors(self) -> dict[str, Tensor]:
         tensors = {name: getattr(self, name) for name in self.packed_names}
         tensors["weight"] = tensors["weight"].view(torch.uint8)  # see present_as_int8
-        if "weight" in self._parameters and tensors["weight"].device.type == "cpu":
-            # the kernels share it with numpy, and memory that numpy has seen could not be freed between the passes
-            tensors["weight"] = tensors["weight"].detach().clone()
-        return tensors
+        return unshared(tensors) if "weight" in self._parameters else tensors
 
     def make_shardable(self) -> None:
-        """Hold the packed bytes as a frozen parameter from now on: of those FSDP2 gives each process a part, of buffers not."""
         packed = self._buffers.pop("weight", None)
         if packed is not None:
             self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
@@ -106,6 +106,13 @@ class PackedWeight(PackedModule):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"{super().extra_repr()}, bits={spec.bits}, codebook={spec.codebook}, block_size={spec.block_size}"
+
+
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with packed bytes that FSDP2 need not free between the passes: on the CPU the kernels share them with numpy,
+    and memory that numpy has seen cannot be freed."""
+    packed = tensors["weight"]
+    return {**tensors, "weight": packed.detach().clone()} if packed.device.type == "cpu" else tensors
 
 
 def operands(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Operands:
