@@ -6,8 +6,9 @@ On the CPU W exists a tile at a time, in a few megabytes that the next tile uses
 in the cache and never written to memory: some of its rows for y, some of its columns for the gradient, whose sum over rows
 would otherwise be rounded between tiles. There is no gradient for the backbone: it is frozen.
 
-For few tokens on the CPU the packed matrix is multiplied as it is. The operators take the tensors as they are stored
-(:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
+For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as
+they are stored (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own
+buffers, not copies of them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from loftq import kernels
 from loftq.codec.scales import double_dequantize
 
 _memory = threading.local()
-# Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
-FEW_TOKENS = 4
 TILE_BYTES = 8 << 20  # of the dense matrix, which is then multiplied out of the last-level cache
 
 
@@ -54,7 +53,7 @@ def workspace_bytes(shape: tuple[int, int], block_size: int, dtype: torch.dtype)
 
 def _few(x: Tensor, features: int) -> bool:
     exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
-    return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features
+    return exact_enough and 0 < x.numel() <= kernels.few_tokens(x) * features
 
 
 def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) -> Tensor:
