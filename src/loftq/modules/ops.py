@@ -5,7 +5,7 @@
 W exists for the duration of one call, in memory that the next call of the same thread uses again: as much as the largest
 layer needs, once. There is no gradient for the backbone: it is frozen.
 
-For few tokens on the CPU the packed matrix is multiplied as it is. The operators take the tensors as they are stored
+For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as they are stored
 (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
 """
 
@@ -20,12 +20,10 @@ from loftq import kernels
 from loftq.codec.scales import double_dequantize
 
 _memory = threading.local()
-# Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
-FEW_TOKENS = 4
 
 
 def _workspace(packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor | None:
-    """A (rows, in_features) matrix in this thread's memory; ``None`` off the CPU."""
+    """A (rows, in_features) matrix in this thread's memory; ``None`` off the CPU, where torch keeps freed memory."""
     if packed.device.type != "cpu":
         return None
     needed = packed.shape[0] * in_features * dtype.itemsize
@@ -37,7 +35,7 @@ def _workspace(packed: Tensor, in_features: int, dtype: torch.dtype) -> Tensor |
 
 def _few(x: Tensor, features: int) -> bool:
     exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
-    return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features
+    return exact_enough and 0 < x.numel() <= kernels.few_tokens(x) * features
 
 
 def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) -> Tensor:
