@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq.kernels.triton_codes import nearest
-from loftq.kernels.triton_launch import on_device
+from loftq.kernels.triton_launch import EXACT, on_device
 
 _TILE = 1024  # elements of a program's tile
 
@@ -83,7 +83,7 @@ def _search_scale(
     BY_ROW: tl.constexpr,
     P: tl.constexpr,
 ):
-    number, held, row, column, inside = _place(total, blocks, n, P, BLOCK)
+    number, _, row, column, inside = _place(total, blocks, n, P, BLOCK)
     w = tl.load(weight + row[:, None] * n + column, mask=inside, other=0)
     h = tl.load(counts + column, mask=inside, other=0)
     own = row if BY_ROW else tl.zeros_like(row)
@@ -138,7 +138,7 @@ def _search_affine(
     BLOCK: tl.constexpr,
     P: tl.constexpr,
 ):
-    number, held, row, column, inside = _place(total, blocks, n, P, BLOCK)
+    number, _, row, column, inside = _place(total, blocks, n, P, BLOCK)
     w = tl.load(weight + row[:, None] * n + column, mask=inside, other=0)
     h = tl.load(counts + column, mask=inside, other=0)
     count = tl.sum(h, 1)
@@ -210,7 +210,7 @@ def encode(
 ) -> Tensor:
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     total, blocks, held, grid = _tiles(weight, block_size)
-    constants = {"BITS": _bits(codebook), "BLOCK": block_size, "HAS_ZERO": zero is not None}
+    constants = {"BITS": bits_of(codebook), "BLOCK": block_size, "HAS_ZERO": zero is not None}
     operands = [t.contiguous() for t in (weight, scale, scale if zero is None else zero, codebook, thresholds)]
     with on_device(weight):
         _encode[grid](
@@ -223,12 +223,13 @@ def encode(
             **constants,
             BY_ROW=codebook.dim() == 2,
             P=held,
-            enable_fp_fusion=False,
+            **EXACT,
         )
     return codes
 
 
-def _bits(codebook: Tensor) -> int:
+def bits_of(codebook: Tensor) -> int:
+    """The width of its codes."""
     return codebook.shape[-1].bit_length() - 1
 
 
@@ -247,7 +248,14 @@ def search_scale(
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
         _search_scale[grid](
-            *operands, scale, *sizes, BITS=_bits(codebook), BLOCK=block_size, BY_ROW=codebook.dim() == 2, P=held
+            *operands,
+            scale,
+            *sizes,
+            BITS=bits_of(codebook),
+            BLOCK=block_size,
+            BY_ROW=codebook.dim() == 2,
+            P=held,
+            **EXACT,
         )
     return scale
 
@@ -267,7 +275,7 @@ def search_affine(
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
-        _search_affine[grid](*operands, scale, zero, *sizes, BITS=_bits(codebook), BLOCK=block_size, P=held)
+        _search_affine[grid](*operands, scale, zero, *sizes, BITS=bits_of(codebook), BLOCK=block_size, P=held, **EXACT)
     return scale, zero
 
 
@@ -280,6 +288,6 @@ def level_moments(
     operands = [t.contiguous() for t in (weight, importance, scale, codes)]
     with on_device(weight):
         _level_moments[(rows,)](
-            *operands, num, den, n, scale.shape[1], BLOCK=block_size, LEVELS=levels, K=max(16, 2048 // levels)
+            *operands, num, den, n, scale.shape[1], BLOCK=block_size, LEVELS=levels, K=max(16, 2048 // levels), **EXACT
         )
     return (num, den) if by_row else (num.sum(0), den.sum(0))

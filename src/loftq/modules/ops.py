@@ -5,8 +5,9 @@
 W exists for the duration of one call, in memory that the next call of the same thread uses again: as much as the largest
 layer needs, once. There is no gradient for the backbone: it is frozen.
 
-For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as they are stored
-(:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
+For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as
+they are stored (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own
+buffers, not copies of them.
 """
 
 from __future__ import annotations
