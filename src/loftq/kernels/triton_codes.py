@@ -1,8 +1,8 @@
 """Device functions that every Triton kernel shares: packed codes of a tile of rows, their levels, the nearest level.
 
-Layout (see ``codec.packing``): codes of a row form a little-endian bit stream that starts at a byte boundary; a block of
-32 codes or a multiple starts at a whole word of the row. A tile has its codes in groups, (rows, groups, codes of a group):
-those of one 32-bit word, and with 3 bits those of 24 bits, eight of which make three words of four groups.
+Layout (see ``codec.packing``): codes of a row form a little-endian bit stream that starts at a byte boundary, so eight
+codes, a group, start at a byte boundary too and take as many bytes as a code has bits. A tile is (rows, groups, 8): a
+thread that holds whole groups multiplies and adds eight numbers without asking another.
 """
 
 import triton
@@ -10,68 +10,83 @@ import triton.language as tl
 
 
 @triton.jit
-def group_size(BITS: tl.constexpr):
-    """Codes of a group."""
-    return 8 if BITS == 3 else 32 // BITS
+def load_codes(
+    units, row, first, length, BITS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Codes from ``first``, a multiple of 32, on as (rows, GROUPS, 8) uint32; beyond the row they are 0.
 
-
-@triton.jit
-def load_words(units, row, index, length, ALIGNED: tl.constexpr):
-    """32-bit words ``index`` of the rows at ``row``, both broadcast to a tile; beyond the row's ``length`` units, 0."""
-    if ALIGNED:
-        return tl.load(units + (row + index), mask=index < length, other=0).to(tl.uint32, bitcast=True)
-    word = tl.zeros((row + index).shape, tl.uint32)
-    for k in tl.static_range(4):
-        at = index * 4 + k
-        byte = tl.load(units + (row + at), mask=at < length, other=0)
-        word |= byte.to(tl.uint32) << (8 * k)
-    return word
-
-
-@triton.jit
-def load_codes(units, row, first, length, BITS: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr):
-    """Codes ``first`` to ``first + K`` of each row as (rows, groups, codes of a group) int32; ``first`` divides by 32.
-
-    ``row`` (rows,): where each row starts in ``units``.
+    ``row`` (rows,): where each row of ``length`` units starts in ``units``; see
+    :func:`loftq.kernels.triton_launch.units_of`. ``WHOLE``: the tile certainly lies within the row.
     """
-    start = row[:, None]
-    if BITS == 3:
-        triple = (first // 32 + tl.arange(0, K // 32)[None, :]) * 3
-        a = load_words(units, start, triple, length, ALIGNED)
-        b = load_words(units, start, triple + 1, length, ALIGNED)
-        c = load_words(units, start, triple + 2, length, ALIGNED)
-        # four groups of 24 bits; what lies above their bits falls to the mask below
-        even = tl.join(a, (b >> 16) | (c << 16))
-        odd = tl.join((a >> 24) | (b << 8), c >> 8)
-        words = tl.reshape(tl.join(even, odd), (row.shape[0], K // 8))
+    group = tl.arange(0, GROUPS)[None, :]
+    if not ALIGNED:
+        units += first // 8 * BITS
+        length -= first // 8 * BITS
+        bits = tl.zeros((row.shape[0], GROUPS), tl.uint64 if BITS == 8 else tl.uint32)
+        for k in tl.static_range(BITS):
+            at = group * BITS + k
+            byte = tl.load(units + (row[:, None] + at), mask=at < length, other=0)
+            bits |= byte.to(bits.dtype) << (8 * k)
+    elif BITS == 3:  # the 24 bits of a group lie in one 32-bit word or two; what lies above them is masked
+        units += first // 32 * 3
+        length -= first // 32 * 3
+        word, last = group * 3 // 4, (group * 3 + 2) // 4
+        low = load_within(units + (row[:, None] + word), word, length, WHOLE).to(tl.uint32, bitcast=True)
+        high = load_within(units + (row[:, None] + last), last, length, WHOLE).to(tl.uint32, bitcast=True)
+        skipped = (group * 3 % 4 * 8).to(tl.uint32)
+        bits = (low >> skipped) | ((high << 1) << (31 - skipped))  # in two steps: a shift by 32 is none
     else:
-        index = first * BITS // 32 + tl.arange(0, K * BITS // 32)[None, :]
-        words = load_words(units, start, index, length, ALIGNED)
-    shifts = (tl.arange(0, 8 if BITS == 3 else 32 // BITS) * BITS).to(tl.uint32)
-    return ((words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)).to(tl.int32)
+        units += first // 8
+        length -= first // 8
+        bits = load_within(units + (row[:, None] + group), group, length, WHOLE)
+        if BITS == 2:
+            bits = bits.to(tl.uint16, bitcast=True).to(tl.uint32)
+        elif BITS == 4:
+            bits = bits.to(tl.uint32, bitcast=True)
+        else:
+            bits = bits.to(tl.uint64, bitcast=True)
+    shifts = (tl.arange(0, 8) * BITS).to(bits.dtype)
+    return ((bits[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)).to(tl.uint32)
+
+
+@triton.jit
+def load_within(places, index, length, WHOLE: tl.constexpr):
+    """What lies at ``places``; 0 where ``index`` is beyond ``length``, unless that certainly never happens."""
+    if WHOLE:
+        return tl.load(places)
+    return tl.load(places, mask=index < length, other=0)
 
 
 @triton.jit
 def load_levels(codebook, row, codes, BITS: tl.constexpr, BY_ROW: tl.constexpr):
-    """float32 levels of a (rows, groups, codes) tile; ``row`` (rows,) are its rows' numbers."""
-    own = (row * (1 << BITS) if BY_ROW else tl.zeros_like(row))[:, None, None]
-    if BITS == 2:  # choosing among four numbers in registers takes no memory access a code
-        low, high = (codes & 1) != 0, (codes & 2) != 0
-        lower = tl.where(low, tl.load(codebook + own + 1), tl.load(codebook + own))
-        upper = tl.where(low, tl.load(codebook + own + 3), tl.load(codebook + own + 2))
-        return tl.where(high, upper, lower).to(tl.float32)
-    return tl.load(codebook + (own + codes)).to(tl.float32)
+    """float32 levels of a (rows, groups, 8) tile of codes; ``row`` (rows,) are its rows' numbers."""
+    if BY_ROW:
+        table = codebook + (row * (1 << BITS))[:, None, None]
+    else:
+        table = codebook + tl.zeros((1, 1, 1), tl.int32)
+    if BITS == 8:
+        return tl.load(table + codes).to(tl.float32)
+    # A table starts at a multiple of its size, so the address of a level is the table's with some bits set: half the
+    # instructions of a 64-bit sum, for every code.
+    place = table.to(tl.uint64) | (codes.to(tl.uint64) * (codebook.dtype.element_ty.primitive_bitwidth // 8))
+    return tl.load(place.to(codebook.dtype)).to(tl.float32)
 
 
 @triton.jit
-def load_per_group(numbers, row, first, n, blocks, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """(rows, groups) float32: the scale or zero of the block that each group lies in; 0 beyond the row."""
-    at = first + tl.arange(0, GROUPS)[None, :] * SIZE
-    return tl.load(numbers + (row[:, None] * blocks + at // BLOCK), mask=at < n, other=0).to(tl.float32)
+def load_per_group(numbers, row, first, n, blocks, BLOCK: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows, GROUPS) float32: the scale or zero of the block that each group lies in; 0 beyond the row."""
+    at = first + tl.arange(0, GROUPS)[None, :] * 8
+    return load_within(numbers + (row[:, None] * blocks + at // BLOCK), at, n, WHOLE).to(tl.float32)
 
 
 @triton.jit
-def load_dense(
+def load_step(codebook, row, BITS: tl.constexpr, BY_ROW: tl.constexpr):
+    """(rows,) float32: the unit of the zero points."""
+    return tl.load(codebook + (row * (1 << BITS) if BY_ROW else tl.zeros_like(row)) + 1).to(tl.float32)
+
+
+@triton.jit
+def load_values(
     units,
     scale,
     zero,
@@ -86,18 +101,16 @@ def load_dense(
     ALIGNED: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     BY_ROW: tl.constexpr,
-    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """(rows, K) float32 values of the columns from ``first`` on, 0 beyond the row. ``row`` (rows,) int64."""
-    SIZE: tl.constexpr = 8 if BITS == 3 else 32 // BITS
-    codes = load_codes(units, row * length, first, length, BITS, ALIGNED, K)
+    """(rows, GROUPS, 8) float32 values of the columns from ``first`` on, 0 beyond the row. ``row`` (rows,) int64."""
+    codes = load_codes(units, row * length, first, length, BITS, ALIGNED, GROUPS, WHOLE)
     values = load_levels(codebook, row, codes, BITS, BY_ROW)
     if HAS_ZERO:
-        offset = load_per_group(zero, row, first, n, blocks, BLOCK, K // SIZE, SIZE)
-        step = tl.load(codebook + (row * (1 << BITS) if BY_ROW else tl.zeros_like(row)) + 1).to(tl.float32)
-        values += (offset * step[:, None])[:, :, None]
-    factor = load_per_group(scale, row, first, n, blocks, BLOCK, K // SIZE, SIZE)
-    return tl.reshape(values * factor[:, :, None], (row.shape[0], K))
+        offset = load_per_group(zero, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
+        values += (offset * load_step(codebook, row, BITS, BY_ROW)[:, None])[:, :, None]
+    return values * load_per_group(scale, row, first, n, blocks, BLOCK, GROUPS, WHOLE)[:, :, None]
 
 
 @triton.jit
@@ -108,6 +121,6 @@ def nearest(x, borders, BITS: tl.constexpr):
     """
     code = tl.zeros(x.shape, tl.int32)
     for bit in tl.static_range(BITS):
-        half: tl.constexpr = 1 << (BITS - 1 - bit)
-        code += tl.where(x > tl.load(borders + (code + (half - 1))), half, 0)
+        below = x > tl.load(borders + (code + ((1 << (BITS - 1 - bit)) - 1)))
+        code += tl.where(below, 1 << (BITS - 1 - bit), 0)
     return code

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loftq.kernels import cpu
 from loftq.kernels.triton_codes import nearest
-from loftq.kernels.triton_launch import on_device
-from loftq.kernels.triton_search import _bits, middle_of
+from loftq.kernels.triton_launch import EXACT, on_device
+from loftq.kernels.triton_search import bits_of, middle_of
 
 _ROWS = 16
 
@@ -176,12 +176,13 @@ def feedback(
             dense,
             errors,
             *sizes,
-            BITS=_bits(codebook),
+            BITS=bits_of(codebook),
             BLOCK=block_size,
             HAS_ZERO=zero is not None,
             BY_ROW=codebook.dim() == 2,
             ROWS=_ROWS,
             K=triton.next_power_of_2(end - begin),
+            **EXACT,
         )
     return errors
 
@@ -202,7 +203,13 @@ def descend(
     (rows, n), blocks = gradient.shape, scale.shape[1]
     hessian = hessian.contiguous()
     constants = [t.contiguous() for t in (scale if zero is None else zero, codebook, thresholds)]
-    flags = {"HAS_ZERO": zero is not None, "BY_ROW": codebook.dim() == 2, "REFIT": refit, "BITS": _bits(codebook)}
+    flags = {
+        "HAS_ZERO": zero is not None,
+        "BY_ROW": codebook.dim() == 2,
+        "REFIT": refit,
+        "BITS": bits_of(codebook),
+        **EXACT,
+    }
     for block in [*range(blocks)] * sweeps:
         first, last = block * block_size, min((block + 1) * block_size, n)
         moves = torch.empty(rows, last - first, device=gradient.device)
@@ -228,10 +235,10 @@ def descend_coupled(
     refit: bool,
 ) -> None:
     """On the CPU: every code waits for the one before, in all rows, which leaves a GPU nothing to do side by side."""
-    state = [scale.cpu(), codes.cpu(), dense.cpu()]
-    constants = [None if zero is None else zero.cpu(), codebook.cpu(), thresholds.cpu()]
-    cpu.descend_coupled(
-        error.cpu(), hessian.cpu(), coupling.cpu(), state[0], *constants, block_size, state[1], state[2], refit
-    )
-    for target, result in zip((scale, codes, dense), state, strict=True):
+    changed = [scale.cpu(), codes.cpu(), dense.cpu()]
+    points = None if zero is None else zero.cpu()
+    error, hessian, coupling, codebook, thresholds = (t.cpu() for t in (error, hessian, coupling, codebook, thresholds))
+    constants = (points, codebook, thresholds, block_size)
+    cpu.descend_coupled(error, hessian, coupling, changed[0], *constants, changed[1], changed[2], refit)
+    for target, result in zip((scale, codes, dense), changed, strict=True):
         target.copy_(result)

@@ -14,6 +14,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton runs kernels in Python on the CPU (``TRITON_INTERPRET=1`` before its import): for tests."""
 
 
+EXACT = {"enable_fp_fusion": False}
+"""Launch option: no fused multiply-add, so that results are rounded as they are on the CPU."""
+
+
 def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
     """Autotune over the configurations, once per ``key`` and kept on disk; the first of them where nothing can be timed."""
     if INTERPRETED:
@@ -35,18 +39,27 @@ def processors(tensor: Tensor) -> int:
     return 64
 
 
+# What eight codes of so many bits are read as, where rows start at whole ones; 3-bit groups straddle 32-bit words.
+_UNITS = {2: torch.int16, 3: torch.int32, 4: torch.int32, 8: torch.int64}
+
+
+def units_of(packed: Tensor, bits: int) -> tuple[Tensor, bool]:
+    """(rows, length) packed rows by the units of their width, and whether that was possible; by bytes otherwise."""
+    packed, unit = packed.contiguous(), _UNITS[bits].itemsize
+    aligned = all(x % unit == 0 for x in (packed.shape[1], packed.data_ptr(), packed.storage_offset()))
+    return (packed.view(_UNITS[bits]) if aligned else packed), aligned
+
+
 class Packed(NamedTuple):
-    """A packed matrix as kernels take it, by words of 32 bits where every row starts at one, else by bytes.
+    """A packed matrix as kernels take it.
 
     Attributes:
-        units: (rows, units) int32 words or uint8 bytes.
-        aligned: whether they are words.
+        units: packed rows; see :func:`units_of`.
         levels: (2^bits,) or (rows, 2^bits), any float dtype.
         zero: zero points, or the scales once more where there are none, which are not read.
     """
 
     units: Tensor
-    aligned: bool
     scale: Tensor
     zero: Tensor
     levels: Tensor
@@ -57,8 +70,10 @@ def handed_over(
     packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Packed:
     """The operands of :func:`loftq.kernels.dequantize`, contiguous, with the compile-time constants that follow."""
-    packed, scale, codebook = packed.contiguous(), scale.contiguous(), codebook.contiguous()
-    aligned = packed.shape[1] % 4 == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
+    units, aligned = units_of(packed, bits)
+    scale, codebook = scale.contiguous(), codebook.contiguous()
+    if codebook.data_ptr() % min(64, codebook.shape[-1] * codebook.element_size()):
+        codebook = codebook.clone()  # memory of its own starts at a multiple of 64 bytes, as load_levels needs
     constants = {
         "BITS": bits,
         "BLOCK": block_size,
@@ -66,5 +81,4 @@ def handed_over(
         "HAS_ZERO": zero is not None,
         "BY_ROW": codebook.dim() == 2,
     }
-    units = packed.view(torch.int32) if aligned else packed
-    return Packed(units, aligned, scale, scale if zero is None else zero.contiguous(), codebook, constants)
+    return Packed(units, scale, scale if zero is None else zero.contiguous(), codebook, constants)

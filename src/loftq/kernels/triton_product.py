@@ -14,24 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq.kernels.triton_codes import load_codes, load_dense, load_levels, load_per_group
+from loftq.kernels.triton_codes import load_codes, load_levels, load_per_group, load_step, load_values, load_within
 from loftq.kernels.triton_launch import handed_over, on_device, processors, tuned
 
 FEW_TOKENS = 16
 """As many as a tile of the matrix units takes; beyond, the matrix is written once and multiplied by the vendor's kernels."""
 
+# ROWS * K / 256 is the number of warps in all of them: a thread then has one group of a row at a time, as the packed
+# units are loaded, and nothing passes between threads. Unrolling keeps enough loads under way.
 _VECTOR = [
-    triton.Config({"ROWS": rows, "K": k}, num_warps=warps)
-    for rows, k, warps in (
-        (4, 256, 4),
-        (1, 1024, 1),
-        (2, 1024, 2),
-        (4, 512, 2),
-        (4, 1024, 4),
-        (1, 2048, 4),
-        (2, 2048, 4),
-        (8, 512, 4),
-        (8, 1024, 8),
+    triton.Config({"ROWS": rows, "K": k, "UNROLL": unroll}, num_warps=warps)
+    for rows, k, warps, unroll in (
+        (4, 256, 4, 2),
+        (4, 256, 4, 4),
+        (2, 256, 2, 4),
+        (1, 256, 1, 4),
+        (2, 512, 4, 2),
+        (1, 1024, 4, 2),
+        (1, 512, 2, 4),
+        (8, 256, 8, 2),
     )
 ]
 _MATRIX = [
@@ -48,6 +49,35 @@ _TRANSPOSED = [
     triton.Config({"ROWS": rows, "K": k}, num_warps=warps, num_stages=stages)
     for rows, k, warps, stages in ((16, 128, 4, 2), (32, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 2))
 ]
+
+
+@triton.jit
+def _dots(
+    inputs,
+    units,
+    scale,
+    zero,
+    codebook,
+    row,
+    first,
+    n,
+    length,
+    blocks,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """(rows, GROUPS): products of each group of eight values with its inputs."""
+    codes = load_codes(units, row * length, first, length, BITS, ALIGNED, GROUPS, WHOLE)
+    dot = tl.sum(load_levels(codebook, row, codes, BITS, BY_ROW) * inputs, 2)
+    if HAS_ZERO:
+        offset = load_per_group(zero, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
+        dot += offset * load_step(codebook, row, BITS, BY_ROW)[:, None] * tl.sum(inputs, 2)
+    return dot * load_per_group(scale, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
 
 
 @tuned(_VECTOR, ["rows", "n", "BITS"])
@@ -70,27 +100,61 @@ def _vector(
     BY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """out[r] = sum over i of W[r, i] x[i]."""
-    SIZE: tl.constexpr = 8 if BITS == 3 else 32 // BITS
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    held = tl.minimum(row, rows - 1)
-    step = tl.load(codebook + (held * (1 << BITS) if BY_ROW else tl.zeros_like(held)) + 1).to(tl.float32)
-    total = tl.zeros((ROWS, K // SIZE), tl.float32)
-    for first in range(0, n, K):
-        at = first + tl.arange(0, K // SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        if n % K == 0:
-            inputs = tl.load(x + at).to(tl.float32)
-        else:
-            inputs = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
-        codes = load_codes(units, held * length, first, length, BITS, ALIGNED, K)
-        values = load_levels(codebook, held, codes, BITS, BY_ROW)
-        dot = tl.sum(values * inputs[None, :, :], 2)
-        if HAS_ZERO:
-            offset = load_per_group(zero, held, first, n, blocks, BLOCK, K // SIZE, SIZE)
-            dot += offset * step[:, None] * tl.sum(inputs, 1)[None, :]
-        total += dot * load_per_group(scale, held, first, n, blocks, BLOCK, K // SIZE, SIZE)
+    """out[r] = sum over i of W[r, i] x[i], of two times ``ROWS`` rows, which share what is done to the inputs."""
+    row = tl.program_id(0).to(tl.int64) * (2 * ROWS) + tl.arange(0, ROWS)
+    other = row + ROWS
+    held, held_other = tl.minimum(row, rows - 1), tl.minimum(other, rows - 1)
+    GROUPS: tl.constexpr = K // 8
+    WHOLE: tl.constexpr = n % K == 0
+    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    total_other = tl.zeros((ROWS, GROUPS), tl.float32)
+    for first in tl.range(0, n, K, loop_unroll_factor=UNROLL):
+        # loaded in the shape of the tile, though all rows take the same: so that a thread has eight at a time
+        at = tl.arange(0, GROUPS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        at += tl.zeros((ROWS, 1, 1), tl.int32)
+        inputs = load_within(x + first + at, at, n - first, WHOLE).to(tl.float32)
+        total += _dots(
+            inputs,
+            units,
+            scale,
+            zero,
+            codebook,
+            held,
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            GROUPS,
+            WHOLE,
+        )
+        total_other += _dots(
+            inputs,
+            units,
+            scale,
+            zero,
+            codebook,
+            held_other,
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            GROUPS,
+            WHOLE,
+        )
     tl.store(out + row, tl.sum(total, 1).to(out.dtype.element_ty), mask=row < rows)
+    tl.store(out + other, tl.sum(total_other, 1).to(out.dtype.element_ty), mask=other < rows)
 
 
 @tuned(_MATRIX, ["rows", "n", "BITS"])
@@ -127,7 +191,7 @@ def _matrix(
         column = first + tl.arange(0, K)
         inside = (token < tokens)[:, None] & (column < n)[None, :]
         inputs = tl.load(x + (token[:, None] * n + column[None, :]), mask=inside, other=0)
-        values = load_dense(
+        values = load_values(
             units,
             scale,
             zero,
@@ -142,9 +206,10 @@ def _matrix(
             ALIGNED,
             HAS_ZERO,
             BY_ROW,
-            K,
+            K // 8,
+            False,
         )
-        total = tl.dot(inputs, tl.trans(values.to(inputs.dtype)), total, input_precision="ieee")
+        total = tl.dot(inputs, tl.trans(tl.reshape(values.to(inputs.dtype), (ROWS, K))), total, input_precision="ieee")
     target = out + (part * tokens + token[:, None]).to(tl.int64) * rows + row[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
 
@@ -182,7 +247,7 @@ def _transposed(
         row = begin + tl.arange(0, ROWS)
         inside = (token < tokens)[:, None] & (row < rows)[None, :]
         inputs = tl.load(grad + (token[:, None] * rows + row[None, :]), mask=inside, other=0)
-        values = load_dense(
+        values = load_values(
             units,
             scale,
             zero,
@@ -197,12 +262,16 @@ def _transposed(
             ALIGNED,
             HAS_ZERO,
             BY_ROW,
-            K,
+            K // 8,
+            False,
         )
-        total = tl.dot(inputs, values.to(inputs.dtype), total, input_precision="ieee")
+        total = tl.dot(inputs, tl.reshape(values.to(inputs.dtype), (ROWS, K)), total, input_precision="ieee")
     column = first + tl.arange(0, K)
     target = out + (part * tokens + token[:, None]).to(tl.int64) * n + column[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < n)[None, :])
+
+
+_MANY = {"TOKENS": FEW_TOKENS, "enable_fp_fusion": True}
 
 
 def _parts(tiles: int, summed: int, tensor: Tensor) -> tuple[int, int]:
@@ -230,18 +299,19 @@ def product(
     length, blocks = m.units.shape[1], m.scale.shape[1]
     operands = (x, m.units, m.scale, m.zero, m.levels)
 
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
-        return triton.cdiv(rows, meta["ROWS"]), parts
-
     if tokens == 1:
-        parts, out = 1, x.new_empty(1, rows)
+        out = x.new_empty(1, rows)
         with on_device(x):
-            _vector[grid](*operands, out, rows, length, blocks, n=n, **m.constants)
+            _vector[lambda meta: (triton.cdiv(rows, 2 * meta["ROWS"]),)](
+                *operands, out, rows, length, blocks, n=n, **m.constants, enable_fp_fusion=True
+            )
         return out
     parts, share = _parts(triton.cdiv(rows, 32), n, x)
     out = x.new_empty(parts, tokens, rows, dtype=x.dtype if parts == 1 else torch.float32)
     with on_device(x):
-        _matrix[grid](*operands, out, tokens, rows, n, length, blocks, share, **m.constants, TOKENS=FEW_TOKENS)
+        _matrix[lambda meta: (triton.cdiv(rows, meta["ROWS"]), parts)](
+            *operands, out, tokens, rows, n, length, blocks, share, **m.constants, **_MANY
+        )
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
 
@@ -267,10 +337,9 @@ def grad_product(
     parts, share = _parts(triton.cdiv(in_features, 128), rows, grad)
     out = grad.new_empty(parts, tokens, in_features, dtype=grad.dtype if parts == 1 else torch.float32)
 
-    def grid(meta: dict[str, int]) -> tuple[int, ...]:
-        return triton.cdiv(in_features, meta["K"]), parts
-
     operands = (grad, m.units, m.scale, m.zero, m.levels, out)
     with on_device(grad):
-        _transposed[grid](*operands, tokens, rows, in_features, length, blocks, share, **m.constants, TOKENS=FEW_TOKENS)
+        _transposed[lambda meta: (triton.cdiv(in_features, meta["K"]), parts)](
+            *operands, tokens, rows, in_features, length, blocks, share, **m.constants, **_MANY
+        )
     return out[0] if parts == 1 else out.sum(0).to(grad.dtype)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq.kernels.triton_codes import nearest
-from loftq.kernels.triton_launch import on_device
+from loftq.kernels.triton_launch import EXACT, on_device
 
 _TILE = 1024  # elements of a program's tile
 
@@ -59,10 +59,12 @@ def _encode(
 
 @triton.jit
 def _moments(w, inverse, counts, levels, borders, BITS: tl.constexpr):
-    """<w, q> and <q, q> for the levels q nearest to ``w * inverse``, weighted by the counts."""
-    q = tl.load(levels + nearest(w * inverse[:, None], borders, BITS))
+    """<e, q>, <q, q> and <e, e> for the levels q nearest to ``w * inverse`` and the rest e, weighted by the counts."""
+    scaled = w * inverse[:, None]
+    q = tl.load(levels + nearest(scaled, borders, BITS))
+    rest = scaled - q
     weighted = q * counts
-    return tl.sum(w * weighted, 1), tl.sum(q * weighted, 1)
+    return tl.sum(rest * weighted, 1), tl.sum(q * weighted, 1), tl.sum(rest * rest * counts, 1)
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def _search_scale(
     BY_ROW: tl.constexpr,
     P: tl.constexpr,
 ):
-    number, held, row, column, inside = _place(total, blocks, n, P, BLOCK)
+    number, _, row, column, inside = _place(total, blocks, n, P, BLOCK)
     w = tl.load(weight + row[:, None] * n + column, mask=inside, other=0)
     h = tl.load(counts + column, mask=inside, other=0)
     own = row if BY_ROW else tl.zeros_like(row)
@@ -93,17 +95,20 @@ def _search_scale(
     borders = (thresholds + own * ((1 << BITS) - 1))[:, None]
     start = tl.div_rn(tl.max(tl.abs(w), 1), top)
     best = start
-    score = tl.full((P,), -1.0, tl.float32)
+    score = tl.full((P,), float("inf"), tl.float32)
     for f in range(candidates):
-        candidate = start * tl.load(factors + f)
-        num, den = _moments(w, tl.div_rn(1.0, tl.where(start == 0, 1.0, candidate)), h, levels, borders, BITS)
-        better = (den > 0) & (num * num > score * den)
-        found = tl.where(den > 0, den, 1.0)
-        score = tl.where(better, tl.div_rn(num * num, found), score)
-        best = tl.where(better, tl.div_rn(num, found), best)
+        factor = tl.load(factors + f)
+        candidate = start * factor
+        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(start == 0, 1.0, candidate)), h, levels, borders, BITS)
+        step = tl.div_rn(num, tl.where(den > 0, den, 1.0))
+        left = factor * factor * (error - step * num)
+        better = (den > 0) & (left < score)
+        score = tl.where(better, left, score)
+        best = tl.where(better, candidate * (1 + step), best)
     for _ in range(refine):
-        num, den = _moments(w, tl.div_rn(1.0, tl.where(best == 0, 1.0, best)), h, levels, borders, BITS)
-        best = tl.where((den > 0) & (best != 0), tl.div_rn(num, tl.where(den > 0, den, 1.0)), best)
+        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(best == 0, 1.0, best)), h, levels, borders, BITS)
+        step = tl.div_rn(num, tl.where(den > 0, den, 1.0))
+        best = tl.where((den > 0) & (best != 0), best * (1 + step), best)
     tl.store(scale + number, tl.where(start == 0, start, best), mask=number < total)
 
 
@@ -138,7 +143,7 @@ def _search_affine(
     BLOCK: tl.constexpr,
     P: tl.constexpr,
 ):
-    number, held, row, column, inside = _place(total, blocks, n, P, BLOCK)
+    number, _, row, column, inside = _place(total, blocks, n, P, BLOCK)
     w = tl.load(weight + row[:, None] * n + column, mask=inside, other=0)
     h = tl.load(counts + column, mask=inside, other=0)
     count = tl.sum(h, 1)
@@ -210,7 +215,7 @@ def encode(
 ) -> Tensor:
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     total, blocks, held, grid = _tiles(weight, block_size)
-    constants = {"BITS": _bits(codebook), "BLOCK": block_size, "HAS_ZERO": zero is not None}
+    constants = {"BITS": bits_of(codebook), "BLOCK": block_size, "HAS_ZERO": zero is not None}
     operands = [t.contiguous() for t in (weight, scale, scale if zero is None else zero, codebook, thresholds)]
     with on_device(weight):
         _encode[grid](
@@ -223,12 +228,13 @@ def encode(
             **constants,
             BY_ROW=codebook.dim() == 2,
             P=held,
-            enable_fp_fusion=False,
+            **EXACT,
         )
     return codes
 
 
-def _bits(codebook: Tensor) -> int:
+def bits_of(codebook: Tensor) -> int:
+    """The width of its codes."""
     return codebook.shape[-1].bit_length() - 1
 
 
@@ -247,7 +253,14 @@ def search_scale(
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
         _search_scale[grid](
-            *operands, scale, *sizes, BITS=_bits(codebook), BLOCK=block_size, BY_ROW=codebook.dim() == 2, P=held
+            *operands,
+            scale,
+            *sizes,
+            BITS=bits_of(codebook),
+            BLOCK=block_size,
+            BY_ROW=codebook.dim() == 2,
+            P=held,
+            **EXACT,
         )
     return scale
 
@@ -267,7 +280,7 @@ def search_affine(
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
-        _search_affine[grid](*operands, scale, zero, *sizes, BITS=_bits(codebook), BLOCK=block_size, P=held)
+        _search_affine[grid](*operands, scale, zero, *sizes, BITS=bits_of(codebook), BLOCK=block_size, P=held, **EXACT)
     return scale, zero
 
 
@@ -280,6 +293,6 @@ def level_moments(
     operands = [t.contiguous() for t in (weight, importance, scale, codes)]
     with on_device(weight):
         _level_moments[(rows,)](
-            *operands, num, den, n, scale.shape[1], BLOCK=block_size, LEVELS=levels, K=max(16, 2048 // levels)
+            *operands, num, den, n, scale.shape[1], BLOCK=block_size, LEVELS=levels, K=max(16, 2048 // levels), **EXACT
         )
     return (num, den) if by_row else (num.sum(0), den.sum(0))

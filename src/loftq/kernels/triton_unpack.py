@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loftq.kernels.reference import packed_row_bytes
-from loftq.kernels.triton_codes import load_codes, load_dense
-from loftq.kernels.triton_launch import handed_over, on_device, tuned
+from loftq.kernels.triton_codes import load_codes, load_values
+from loftq.kernels.triton_launch import EXACT, handed_over, on_device, tuned, units_of
 
 _TILES = [
     triton.Config({"ROWS": rows, "K": k}, num_warps=warps)
@@ -39,7 +39,7 @@ def _dequantize(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * K
-    values = load_dense(
+    values = load_values(
         units,
         scale,
         zero,
@@ -54,11 +54,12 @@ def _dequantize(
         ALIGNED,
         HAS_ZERO,
         BY_ROW,
-        K,
+        K // 8,
+        False,
     )
-    column = first + tl.arange(0, K)
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    tl.store(out + (row[:, None] * n + column[None, :]), values.to(out.dtype.element_ty), mask=inside)
+    column = first + tl.arange(0, K // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = (row < rows)[:, None, None] & (column < n)[None, :, :]
+    tl.store(out + (row[:, None, None] * n + column[None, :, :]), values.to(out.dtype.element_ty), mask=inside)
 
 
 def dequantize(
@@ -78,14 +79,12 @@ def dequantize(
         return out
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
     rows, length = m.units.shape
-
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, meta["ROWS"]), triton.cdiv(in_features, meta["K"])
-
     operands = (m.units, m.scale, m.zero, m.levels, out, rows, in_features, length, m.scale.shape[1])
     with on_device(out):
         # no fused multiply-add: (level + zero * step) * scale rounds as it does on the CPU
-        _dequantize[grid](*operands, **m.constants, enable_fp_fusion=False)
+        _dequantize[lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(in_features, meta["K"]))](
+            *operands, **m.constants, **EXACT
+        )
     return out
 
 
@@ -95,22 +94,20 @@ def _unpack(
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * K
-    found = load_codes(units, tl.minimum(row, rows - 1) * length, first, length, BITS, ALIGNED, K)
-    column = first + tl.arange(0, K)
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    tl.store(codes + (row[:, None] * n + column[None, :]), tl.reshape(found, (ROWS, K)).to(tl.uint8), mask=inside)
+    found = load_codes(units, tl.minimum(row, rows - 1) * length, first, length, BITS, ALIGNED, K // 8, False)
+    column = first + tl.arange(0, K // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    inside = (row < rows)[:, None, None] & (column < n)[None, :, :]
+    tl.store(codes + (row[:, None, None] * n + column[None, :, :]), found.to(tl.uint8), mask=inside)
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     codes = torch.empty(packed.shape[0], in_features, dtype=torch.uint8, device=packed.device)
     if codes.numel():
-        packed = packed.contiguous()
-        aligned = packed.shape[1] % 4 == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
-        units = packed.view(torch.int32) if aligned else packed
+        units, aligned = units_of(packed, bits)
         rows, length = units.shape
         grid = (triton.cdiv(rows, 4), triton.cdiv(in_features, 256))
         with on_device(codes):
-            _unpack[grid](units, codes, rows, in_features, length, BITS=bits, ALIGNED=aligned, ROWS=4, K=256)
+            _unpack[grid](units, codes, rows, in_features, length, BITS=bits, ALIGNED=aligned, ROWS=4, K=256, **EXACT)
     return codes
 
 
@@ -139,5 +136,5 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.numel():
         grid = (triton.cdiv(rows, 4), triton.cdiv(n, 8 * 64))
         with on_device(codes):
-            _pack[grid](codes.contiguous(), packed, rows, n, packed.shape[1], BITS=bits, ROWS=4, GROUPS=64)
+            _pack[grid](codes.contiguous(), packed, rows, n, packed.shape[1], BITS=bits, ROWS=4, GROUPS=64, **EXACT)
     return packed
