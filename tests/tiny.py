@@ -6,7 +6,8 @@ import torch
 import transformers as tf
 from torch import nn
 
-from loftq.modules import PackedWeight
+from loftq.modules import PackedWeight, QuantExperts
+from loftq.modules.experts import expert_shape, is_fused_experts
 from loftq.modules.linear import is_transposed
 
 _SIZES = {
@@ -64,6 +65,13 @@ def _config(name: str) -> tf.PretrainedConfig:
             max_position_embeddings=64,
             word_embed_proj_dim=48,
         )
+    if name in MIXTURES:
+        sizes = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2}
+        if name == "mixtral":
+            return tf.MixtralConfig(**sizes, num_local_experts=4)
+        if name == "qwen3-moe":
+            return tf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=40, head_dim=16)
+        return tf.GptOssConfig(**sizes, num_local_experts=4, head_dim=16)
     raise KeyError(name)
 
 
@@ -77,7 +85,12 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "t5": "T5ForConditionalGeneration",
     "opt": "OPTForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3-moe": "Qwen3MoeForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
 }
+
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 
 
 def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTrainedModel:
@@ -91,6 +104,9 @@ def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTra
         for module in model.modules():
             if isinstance(module, nn.Linear) or is_transposed(module):
                 module.weight.normal_(0, module.weight.shape[-1] ** -0.5)
+            elif is_fused_experts(module):
+                for parameter in module.parameters():
+                    parameter.normal_(0, expert_shape(module, "gate_up_proj")[1] ** -0.5)
     return model.eval()
 
 
@@ -119,6 +135,9 @@ def densify(original: nn.Module, peft_model: nn.Module) -> nn.Module:
         except AttributeError:
             continue
         base = getattr(wrapped, "base_layer", None)
+        if is_fused_experts(module):
+            _densify_experts(module, wrapped)
+            continue
         if not isinstance(base, PackedWeight):
             continue
         scaling = wrapped.scaling["default"]
@@ -129,3 +148,14 @@ def densify(original: nn.Module, peft_model: nn.Module) -> nn.Module:
         dense = (base.dequantize() + scaling * delta).detach()
         module.weight.data = dense.T.contiguous() if is_transposed(module) else dense
     return original
+
+
+def _densify_experts(module: nn.Module, wrapped: nn.Module) -> None:
+    """The same for the experts of a layer, with PEFT's own reading of the adapter."""
+    while hasattr(wrapped, "base_layer"):
+        base, name = wrapped.get_base_layer(), wrapped.parameter_name
+        assert isinstance(base, QuantExperts)
+        stack = torch.stack([base.dequantize(name, expert) for expert in range(base.num_experts)])
+        stack = stack.transpose(1, 2) if base.is_transposed else stack
+        getattr(module, name).data = (stack + wrapped.get_delta_weight("default")).detach().contiguous()
+        wrapped = wrapped.base_layer

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loftq.codec import QuantizedTensor
     from loftq.export.dense import export_dense
     from loftq.hub.load import load
-    from loftq.modules import QuantEmbedding, QuantLinear
+    from loftq.modules import QuantEmbedding, QuantExperts, QuantLinear
     from loftq.pipeline import quantize_checkpoint, quantize_model
     from loftq.report.record import QuantizationReport
     from loftq.solver import Decomposition, decompose
@@ -45,6 +45,7 @@ _LAZY = {
     "Decomposition": "loftq.solver",
     "InputStatistics": "loftq.solver.importance",
     "QuantEmbedding": "loftq.modules",
+    "QuantExperts": "loftq.modules",
     "QuantLinear": "loftq.modules",
     "QuantizationReport": "loftq.report.record",
     "QuantizedTensor": "loftq.codec",

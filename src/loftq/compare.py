@@ -8,7 +8,6 @@ and never computed again by the same command.
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,8 @@ from torch import nn
 
 from loftq.calibrate.kept import kept_statistics
 from loftq.calibrate.statistics import Statistics
-from loftq.checkpoint.naming import meta_model, model_names
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import Source, open_source, sha256_file
 from loftq.config import BITS, PUBLISHED, LoftQConfig, is_number, positive_int
 from loftq.errors import ConfigError, LoftQError, first_line
@@ -30,7 +30,7 @@ from loftq.evaluate.output_error import ErrorMeter
 from loftq.evaluate.tokens import check_apart, text_digest, text_tokens
 from loftq.hub.adapter import task_type
 from loftq.hub.quantizer import dequantize_modules
-from loftq.modules import PackedWeight
+from loftq.modules import PackedModule
 from loftq.pipeline import quantize_checkpoint
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.cells import Cell, Results, save_layers
@@ -140,7 +140,7 @@ def first_layers(model: nn.Module, bits: float, options: Mapping[str, Any]) -> L
 
 def average_bits(plans: Mapping[str, ModulePlan]) -> float:
     """Average width of the codes, scales apart."""
-    weights = {name: math.prod(plan.shape) for name, plan in plans.items()}
+    weights = {name: plan.numel for name, plan in plans.items()}
     return sum(plans[name].spec.bits * count for name, count in weights.items()) / sum(weights.values())
 
 
@@ -220,10 +220,10 @@ class _Session:
         return self._reference
 
     def full_precision(self) -> Cell:
-        names = {own: name for name, own in model_names(self.model, self.source.tensors).items()}
+        parameters = Parameters(self.source, self.model)
         plans = plan_modules(self.model, LoftQConfig())
-        stored = sum(self.source.tensors[names[f"{n}.weight"]].nbytes for n in plans)
-        width = 8 * stored / sum(math.prod(p.shape) for p in plans.values())
+        stored = sum(parameters.nbytes(plan.parameter) for plan in plans.values())
+        width = 8 * stored / sum(plan.numel for plan in plans.values())
         reference = self.reference()
         found = None if reference is None else reference.score
         return Cell(
@@ -310,7 +310,7 @@ def merged(model: Any) -> nn.Module:
 
     Scoring then takes a quarter less time. A weight is rounded to float32 once more, 6e-8 of its size.
     """
-    needed = 4 * sum(math.prod(m.matrix_shape) for m in model.modules() if isinstance(m, PackedWeight))
+    needed = 4 * sum(m.packed_weights for m in model.modules() if isinstance(m, PackedModule))
     if needed == 0 or needed > psutil.virtual_memory().available / 4:
         return model
     return dequantize_modules(model).merge_and_unload()  # type: ignore[operator]

@@ -150,7 +150,8 @@ class LoftQConfig:
             is none.
         damping: λ, from 0 (only the outputs' error counts) to 1 (only the weights'); ``None`` for the method's own.
         svd: ``exact`` (LAPACK), ``block`` (block power iteration, warm-started) or ``auto``.
-        target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT.
+        target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT. Experts that a
+            mixture keeps in three-dimensional parameters are chosen by the names of these, and by ``all-linear``.
         exclude_modules: modules to leave alone, same syntax as in PEFT.
         bits_pattern: module-name pattern -> bits, for the modules it matches (PEFT's ``rank_pattern`` syntax).
         rank_pattern: module-name pattern -> rank.

@@ -7,26 +7,29 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from loftq.calibrate.choose import calibrated
+from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
+from loftq.codec import QuantizedTensor
 from loftq.codec.blockwise import check_weight
 from loftq.config import LoftQConfig
 from loftq.engine.jobs import Computed, check_engine, open_engine, run_all
 from loftq.errors import OutputError, WeightError
 from loftq.hub import adapter as adapters
-from loftq.modules import QuantEmbedding, QuantLinear
+from loftq.modules import QuantEmbedding, QuantExperts, QuantLinear
 from loftq.plan.file import load_plan
 from loftq.plan.targets import ModulePlan, plan_modules
 from loftq.report.record import REPORT, ModuleRecord, QuantizationReport
 from loftq.report.system import PeakMemory, versions
-from loftq.units import Unit, decompose_module, layout, make_units
+from loftq.units import Unit, adapter_state, decompose_matrices, layout, make_units
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,7 +94,8 @@ def quantize_checkpoint(
     model_config = opened.config()
     model = meta_model(model_config)
     plans = plan_modules(model, config)
-    units = make_units(opened, model, plans)
+    parameters = Parameters(opened, model)
+    units = make_units(opened, model, plans, parameters)
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)
@@ -141,7 +145,7 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            with open_engine(engine, opened, config, address, told) as opened_engine:
+            with open_engine(engine, opened, parameters, config, address, told) as opened_engine:
                 run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
@@ -228,33 +232,41 @@ def quantize_model(
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    from loftq.hub.quantizer import LoftQQuantizationConfig, present_for_dtype_checks, replace_module
+    from loftq.hub.experts import register_with_peft
+    from loftq.hub.quantizer import (
+        LoftQQuantizationConfig,
+        present_for_dtype_checks,
+        replace_module,
+        save_experts_whole,
+    )
 
     plans = plan_modules(model, config)
-    for name, plan in plans.items():
+    for plan in plans.values():
         try:
-            check_weight(model.get_submodule(name).weight)  # type: ignore[arg-type]
+            for matrix in _live_matrices(model, plan):
+                check_weight(matrix())
         except WeightError as error:  # before anything is replaced
             raise WeightError(f"{plan.name}: {error}") from None
     lora = adapters.lora_config(plans, model, config)
     state: dict[str, Tensor] = {}
-    with _reporter(progress, sum(p.shape[0] * p.shape[1] for p in plans.values())) as advance:
+    experts: dict[str, dict[str, list[QuantizedTensor]]] = {}
+    with _reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
         for name, plan in plans.items():
-            module = model.get_submodule(name)
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            known = statistics.get(name) if statistics is not None else None
-            result = decompose_module(weight.detach(), plan, config, known)
-            if isinstance(module, nn.Embedding):
-                packed: nn.Module = QuantEmbedding.from_quantized(
-                    result.quantized, padding_idx=module.padding_idx, dtype=weight.dtype
-                )
+            known = statistics.of_module(plan) if statistics is not None else None
+            results, _ = decompose_matrices(_live_matrices(model, plan), plan, config, known)
+            state.update(adapter_state(plan, results))
+            if plan.experts:
+                owner, _, leaf = name.rpartition(".")
+                experts.setdefault(owner, {})[leaf] = [result.quantized for result in results]
+                if not plan.nested:  # the last parameter of its module
+                    dense = model.get_submodule(owner)
+                    replace_module(model, owner, QuantExperts.from_quantized(dense, experts.pop(owner)))
             else:
-                packed = QuantLinear.from_quantized(result.quantized, module.bias)  # type: ignore[arg-type]
-                packed.was_conv1d = plan.kind == "conv1d"
-            replace_module(model, name, packed)
-            state.update(adapters.adapter_tensors(plan, result.lora_A, result.lora_B))
-            del module, weight
-            advance(name, plan.shape[0] * plan.shape[1])
+                replace_module(model, name, _packed(model.get_submodule(name), results[0].quantized, plan))
+            advance(name, plan.numel)
+    if any(plan.experts for plan in plans.values()):
+        register_with_peft()
+        save_experts_whole(model)
     present_for_dtype_checks(model)
     if hasattr(model, "config"):
         specs = {name: plan.spec for name, plan in plans.items()}
@@ -265,6 +277,23 @@ def quantize_model(
     peft_model = get_peft_model(model, lora)
     set_peft_model_state_dict(peft_model, state)
     return peft_model
+
+
+def _live_matrices(model: nn.Module, plan: ModulePlan) -> list[Callable[[], Tensor]]:
+    """Give the weight of a module, or of each expert, as the module holds it."""
+    owner, _, leaf = plan.parameter.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(owner), leaf).detach()
+    return [partial(weight.__getitem__, e) for e in range(plan.experts)] if plan.experts else [lambda: weight]
+
+
+def _packed(module: nn.Module, quantized: QuantizedTensor, plan: ModulePlan) -> nn.Module:
+    """The packed layer that takes the place of a dense one."""
+    if isinstance(module, nn.Embedding):
+        dtype = module.weight.dtype
+        return QuantEmbedding.from_quantized(quantized, padding_idx=module.padding_idx, dtype=dtype)
+    packed = QuantLinear.from_quantized(quantized, module.bias)  # type: ignore[arg-type]
+    packed.was_conv1d = plan.kind == "conv1d"
+    return packed
 
 
 @contextmanager

@@ -1,26 +1,44 @@
-"""The pieces of work that quantizing a checkpoint consists of: one module, or one tensor that passes through."""
+"""The pieces of work that quantizing a checkpoint consists of: one module, or one tensor that passes through.
+
+A module has one matrix, or one for each expert; these are decomposed one after the other and stored in one tensor.
+"""
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq.checkpoint.naming import missing_parameters, model_names
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import missing_parameters
 from loftq.checkpoint.source import SINGLE, Source
 from loftq.codec import QuantizedTensor
 from loftq.codec.blockwise import all_finite
-from loftq.codec.qtensor import TensorInfo, storage_layout
+from loftq.codec.qtensor import TensorInfo
 from loftq.config import LoftQConfig
 from loftq.errors import ConfigError, SourceError, WeightError
 from loftq.hub import adapter as adapters
+from loftq.modules.experts import stored_name
+from loftq.parallel import run_side_by_side
 from loftq.plan.targets import ModulePlan
 from loftq.report.record import ModuleRecord
 from loftq.solver import Decomposition, decompose, lora_scaling
 from loftq.solver.importance import InputStatistics
+
+Known = InputStatistics | Sequence[InputStatistics] | None
+"""What is known of a module's inputs: for experts, of each expert's."""
+
+
+def largest_factor(known: Known) -> int:
+    """Elements of the largest matrix of the statistics that a decomposition may factor."""
+    each = known if isinstance(known, Sequence) else [known]
+    return max((0 if statistics is None else statistics.factored for statistics in each), default=0)
 
 
 def module_seed(seed: int, name: str) -> int:
@@ -50,27 +68,103 @@ def decompose_module(
         raise type(error)(f"{plan.name}: {error}") from None
 
 
-def module_record(plan: ModulePlan, result: Decomposition, statistics: InputStatistics | None = None) -> ModuleRecord:
-    """What the report says of one module."""
+def decompose_matrices(
+    matrices: Sequence[Callable[[], Tensor]], plan: ModulePlan, config: LoftQConfig, statistics: Known = None
+) -> tuple[list[Decomposition], list[float]]:
+    """The decomposition of each of a module's matrices, and the matrices' Frobenius norms.
+
+    Small ones are decomposed side by side, as small modules are. Each matrix has a seed of its own.
+
+    Args:
+        matrices: read them, as the source stores them. statistics: of all of them, or one for each.
+    """
+    known = statistics if isinstance(statistics, Sequence) else [statistics] * len(matrices)
+    jobs = zip(matrices, plan.matrices(), known, strict=True)
+
+    def job(
+        read: Callable[[], Tensor], part: ModulePlan, of_part: InputStatistics | None
+    ) -> tuple[Decomposition, float]:
+        weight = read()
+        norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) if plan.experts else 1.0
+        return decompose_module(weight, part, config, of_part), norm
+
+    if not plan.experts:
+        found = [job(*each) for each in jobs]
+    else:
+        size = plan.shape[0] * plan.shape[1]
+        sized = ((max(size, largest_factor(each[2])), partial(job, *each)) for each in jobs)
+        found = [result for _, (result, _) in run_side_by_side(sized, lambda size: size)]
+    return [result for result, _ in found], [norm for _, norm in found]
+
+
+def joined_tensors(plan: ModulePlan, results: Sequence[Decomposition]) -> dict[str, Tensor]:
+    """The tensors that a module is stored in, its adapter's among them, by name."""
+    stored = [result.quantized.tensors for result in results]
+    tensors = {
+        stored_name(plan.parameter, name): torch.stack([each[name] for each in stored])
+        if plan.experts
+        else stored[0][name]
+        for name in stored[0]
+    }
+    return {**tensors, **adapter_state(plan, results)}
+
+
+def adapter_state(plan: ModulePlan, results: Sequence[Decomposition]) -> dict[str, Tensor]:
+    """A and B of a module's matrices under PEFT's names."""
+    factors = [(result.lora_A, result.lora_B) for result in results]
+    return adapters.adapter_tensors(plan, *(adapters.join_experts(factors) if plan.experts else factors[0]))
+
+
+def module_record(
+    plan: ModulePlan, results: Sequence[Decomposition], norms: Sequence[float], statistics: Known = None
+) -> ModuleRecord:
+    """What the report says of one module. Errors of several experts are those of all their weights together."""
+    known = list(statistics) if isinstance(statistics, Sequence) else [statistics] * len(results)
+    total = math.fsum(norm**2 for norm in norms)
+
+    def together(values: Sequence[float]) -> float:
+        if len(values) == 1 or not total:
+            return values[0]
+        return math.sqrt(math.fsum((value * norm) ** 2 for value, norm in zip(values, norms, strict=True)) / total)
+
+    steps = max(len(result.errors) for result in results)
+    errors = [together([r.errors[min(k, len(r.errors) - 1)] for r in results]) for k in range(steps)]
+    tokens = [0 if s is None else s.tokens for s in known]
+    each = [
+        {
+            "error": result.error,
+            "quantization_error": result.errors[0],
+            "best_iter": result.best_iter,
+            "method": result.method,
+            "objective": result.objective,
+            "calibration_tokens": seen,
+        }
+        for result, seen in zip(results, tokens, strict=True)
+    ]
     return ModuleRecord(
         name=plan.name,
         kind=plan.kind,
-        shape=list(plan.shape),
+        shape=list(plan.full_shape),
         bits=plan.spec.bits,
         codebook=plan.spec.codebook,
         block_size=plan.spec.block_size,
         rank=plan.rank,
-        numel=plan.shape[0] * plan.shape[1],
-        weight_bytes=result.quantized.nbytes,
-        adapter_bytes=4 * (result.lora_A.numel() + result.lora_B.numel()),
-        quantization_error=result.errors[0],
-        error=result.error,
-        errors=result.errors,
-        best_iter=result.best_iter,
-        method=result.method,
-        objective=result.objective,
-        calibration_tokens=0 if statistics is None else statistics.tokens,
+        numel=plan.numel,
+        weight_bytes=sum(result.quantized.nbytes for result in results),
+        adapter_bytes=sum(4 * (result.lora_A.numel() + result.lora_B.numel()) for result in results),
+        quantization_error=errors[0],
+        error=together([result.error for result in results]),
+        errors=errors,
+        best_iter=_commonest([result.best_iter for result in results]),
+        method=_commonest([result.method for result in results]),
+        objective=together([result.objective for result in results]),
+        calibration_tokens=max(tokens),
+        experts=each if plan.experts else None,
     )
+
+
+def _commonest(values: Sequence[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 class Unit:
@@ -83,12 +177,9 @@ class Unit:
         self.name = plan.name if plan is not None else source_name
         self.source_name = source_name
         self.plan = plan
-        self.weights = max(1, info.nbytes // info.dtype.itemsize)
+        self.weights = max(1, info.nbytes // info.dtype.itemsize) if plan is None else plan.numel
         self.nbytes = info.nbytes
-        self.backbone: dict[str, TensorInfo] = {output_name: info}
-        self._prefix = output_name.removesuffix("weight")
-        if plan is not None:
-            self.backbone = {self._prefix + n: i for n, i in storage_layout(plan.spec, plan.shape).items()}
+        self.backbone: dict[str, TensorInfo] = {output_name: info} if plan is None else plan.storage()
 
     @property
     def outputs(self) -> list[str]:
@@ -96,50 +187,75 @@ class Unit:
         adapter = () if self.plan is None else adapters.tensor_names(self.plan)
         return [*self.backbone, *adapter]
 
+    @property
+    def experts(self) -> bool:
+        """Whether it has a matrix for each expert."""
+        return self.plan is not None and self.plan.experts > 0
+
+    def matrices(self, source: Source, parameters: Parameters | None = None) -> list[Callable[[], Tensor]]:
+        """Give what :meth:`compute` takes: a tensor that is read now, or experts that are read one by one.
+
+        Args:
+            parameters: of the same source; needed for experts.
+        """
+        plan = self.plan
+        if plan is None or not plan.experts:
+            return [partial(_same, source.read(self.source_name))]
+        assert parameters is not None
+        return [partial(parameters.read, plan.parameter, e, plan.experts) for e in range(plan.experts)]
+
     def compute(
-        self, tensor: Tensor, config: LoftQConfig, statistics: InputStatistics | None = None
+        self, matrices: Sequence[Callable[[], Tensor]], config: LoftQConfig, statistics: Known = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The unit's tensors under their output names, and its record, from the tensor as it was read."""
         if self.plan is None:
+            tensor = matrices[0]()
             # a tensor that the model does not know may be a mask with -inf
             if self.known and tensor.is_floating_point() and not all_finite(tensor):
                 raise WeightError(
                     f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
                 )
             return {next(iter(self.backbone)): tensor}, {}
-        result = decompose_module(tensor, self.plan, config, statistics)
-        tensors = result.quantized.state_dict(self._prefix)
-        tensors.update(adapters.adapter_tensors(self.plan, result.lora_A, result.lora_B))
-        return tensors, vars(module_record(self.plan, result, statistics))
+        results, norms = decompose_matrices(matrices, self.plan, config, statistics)
+        return joined_tensors(self.plan, results), vars(module_record(self.plan, results, norms, statistics))
 
     def dense(self, tensors: Mapping[str, Tensor], config: LoftQConfig) -> Tensor:
         """Q + scaling * B A as the source stores the weight, from the tensors that :meth:`compute` gave."""
         assert self.plan is not None
-        quantized = QuantizedTensor.from_state_dict(tensors, self.plan.spec, self.plan.shape, self._prefix)
+        prefix = self.plan.parameter.removesuffix("weight")
+        quantized = QuantizedTensor.from_state_dict(tensors, self.plan.spec, self.plan.shape, prefix)
         name_A, name_B = adapters.tensor_names(self.plan)
         scaling = lora_scaling(config.lora_alpha, self.plan.rank, config.use_rslora)
         dense = torch.addmm(quantized.dequantize(), tensors[name_B], tensors[name_A], alpha=scaling)
         return dense.T if self.plan.kind == "conv1d" else dense
 
 
-def make_units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]) -> list[Unit]:
-    names = model_names(model, source.tensors)
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def make_units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan], parameters: Parameters) -> list[Unit]:
+    names = parameters.names
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = {f"{name}.weight": plan for name, plan in plans.items()}
+    weights = {plan.parameter: plan for plan in plans.values()}
+    assembled = {part: name for name in weights for part in parameters.parts(name) if part not in names}
     units = []
     for source_name, info in source.tensors.items():
-        output_name = names.get(source_name, source_name)
+        output_name = names.get(source_name, assembled.get(source_name, source_name))
         plan = weights.pop(output_name, None)
+        if source_name in assembled:
+            if plan is not None:  # the first of its parts
+                _check_parts(source, parameters, plan)
+                info = TensorInfo(info.dtype, shapes[output_name])
+                units.append(Unit(source_name, info, plan, output_name, True))
+            continue
         expected = shapes.get(output_name, info.shape)
         if info.shape != expected:
             raise SourceError(
                 f"{source_name} has shape {info.shape}, expected {expected} as config.json says; fetch the checkpoint again"
             )
-        if plan is not None and (info.dtype.itemsize < 2 or not info.dtype.is_floating_point):
-            raise SourceError(
-                f"{source_name} is {info.dtype}, expected floating point of 16 bits or more; start from a full-precision "
-                f"checkpoint"
-            )
+        if plan is not None:
+            _check_dtype(source_name, info)
         units.append(Unit(source_name, info, plan, output_name, source_name in names))
     missing = [*weights, *sorted(missing_parameters(model, names, source.tensors) - weights.keys())]
     if missing:
@@ -148,6 +264,26 @@ def make_units(source: Source, model: nn.Module, plans: Mapping[str, ModulePlan]
             f"again, or name the right architecture in config.json"
         )
     return units
+
+
+def _check_dtype(name: str, info: TensorInfo) -> None:
+    if info.dtype.itemsize < 2 or not info.dtype.is_floating_point:
+        raise SourceError(
+            f"{name} is {info.dtype}, expected floating point of 16 bits or more; start from a full-precision checkpoint"
+        )
+
+
+def _check_parts(source: Source, parameters: Parameters, plan: ModulePlan) -> None:
+    """Refuse tensors that cannot make up all experts, before hours of work."""
+    parts = parameters.parts(plan.parameter)
+    for name in parts:
+        _check_dtype(name, source.tensors[name])
+    weights = sum(math.prod(source.tensors[name].shape) for name in parts)
+    if weights != plan.numel:
+        raise SourceError(
+            f"the {len(parts)} tensors of {plan.name} have {weights:,} weights, expected {plan.numel:,} of {plan.experts} "
+            f"experts as config.json says; fetch the checkpoint again"
+        )
 
 
 def layout(

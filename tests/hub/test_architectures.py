@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loftq
-from loftq.modules import PackedWeight, QuantEmbedding
+from loftq.modules import PackedModule, QuantEmbedding
 from tiny import CLASSES, densify, first_output, tiny_model
 
 
@@ -18,8 +18,8 @@ def test_loaded_equals_dense(name, bits, codebook, tmp_path):
     config = loftq.LoftQConfig(bits=bits, rank=8, num_iter=2, codebook=codebook, quantize_embeddings=embeddings)
     report = loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", config)
     loaded = loftq.load(tmp_path / "out")
-    packed = [n for n, m in loaded.named_modules() if isinstance(m, PackedWeight)]
-    assert len(packed) == len(report.modules) > 0
+    packed = sum(m.packed_weights for m in loaded.modules() if isinstance(m, PackedModule))
+    assert packed == sum(record.numel for record in report.modules) > 0
 
     before = first_output(original, name)
     actual = first_output(loaded, name)

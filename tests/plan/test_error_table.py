@@ -17,13 +17,14 @@ from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import open_source
 from loftq.cli.plan import plan as plan_verb
 from loftq.errors import ConfigError, LoftQError, SourceError
-from loftq.plan import errors as errors_module
+from loftq.plan import measure
 from loftq.plan.budget import (
     best_weighting,
     module_cost,
 )
-from loftq.plan.errors import ErrorTable, ModuleErrors, grid, measure_checkpoint, measure_errors
+from loftq.plan.errors import ErrorTable, grid, measure_checkpoint, measure_errors
 from loftq.plan.file import Choice, apply_plan, load_plan
+from loftq.plan.measure import ModuleErrors
 from loftq.plan.targets import plan_modules
 from loftq.solver import decompose
 from loftq.solver.importance import InputStatistics
@@ -39,7 +40,7 @@ def test_the_absolute_cost_is_the_output_error():
     inputs = torch.randn(500, 64, generator=generator) * torch.linspace(0.1, 3, 64)
     statistics = InputStatistics(inputs.T @ inputs / 500, tokens=500)
     config = LoftQConfig(method="cloq", damping=0.0, num_iter=1)
-    norm, power = errors_module._unit(weight, "linear", config, statistics)
+    norm, power = measure._unit(weight, "linear", config, statistics)
     result = decompose(weight, QuantSpec(bits=2), rank=4, num_iter=1, method="cloq", importance=statistics, damping=0.0)
     entry = ModuleErrors("linear", (48, 64), 0, norm, power, {Choice(2, 64, 4): result.objective})
     table = ErrorTable({"m": entry}, {"method": "cloq", "calibration": {"name": "text"}})
@@ -79,7 +80,7 @@ def counted(monkeypatch):
         names.append(plan.name)
         return decompose_module(weight, plan, config, statistics)
 
-    monkeypatch.setattr(errors_module, "decompose_module", counting)
+    monkeypatch.setattr(measure, "decompose_module", counting)
     return names
 
 
@@ -124,7 +125,7 @@ def test_an_interrupted_measurement_continues(source, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return decompose_module(weight, plan, config, statistics)
 
-    monkeypatch.setattr(errors_module, "decompose_module", stopping)
+    monkeypatch.setattr(measure, "decompose_module", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure_errors(source, CONFIG, CHOICES, path=path, progress=False)
     kept = ErrorTable.load(path).modules
@@ -134,7 +135,7 @@ def test_an_interrupted_measurement_continues(source, tmp_path, monkeypatch):
         done.append(plan.name)
         return decompose_module(weight, plan, config, statistics)
 
-    monkeypatch.setattr(errors_module, "decompose_module", counting)
+    monkeypatch.setattr(measure, "decompose_module", counting)
     assert measure_errors(source, CONFIG, CHOICES, path=path, progress=False) == whole
     assert set(done) == set(whole.modules) - set(kept)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 
 from loftq import ConfigError, LoftQConfig
@@ -59,7 +59,11 @@ def test_heads_and_embeddings_are_left_out(name):
 def adapted_by_peft(name: str, config: LoraConfig) -> dict[str, int]:
     """Module name -> rank, after PEFT has put its layers into a copy of the model."""
     model = inject_adapter_in_model(config, copy.deepcopy(MODELS[name]))
-    return {n: m.r["default"] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return {
+        f"{n.removesuffix('.base_layer')}.{m.parameter_name}" if isinstance(m, ParamWrapper) else n: m.r["default"]
+        for n, m in layers.items()
+    }
 
 
 SELECTIONS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from loftq.ablate.settings import Ablation
 from loftq.ablate.table import AFTER, BEFORE, Row, Tables
 from loftq.calibrate.kept import kept_statistics
 from loftq.calibrate.statistics import Statistics
-from loftq.checkpoint.naming import meta_model, model_names
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import Source, open_source
 from loftq.checkpoint.writer import disk_errors, lock_file
 from loftq.compare import FLOAT, merged
@@ -125,10 +125,10 @@ class _Session:
         return self._held[1]
 
     def full_precision(self) -> Row:
-        names = {own: name for name, own in model_names(self.model, self.source.tensors).items()}
+        parameters = Parameters(self.source, self.model)
         plans = plan_modules(self.model, self.settings.common())
-        stored = sum(self.source.tensors[names[f"{n}.weight"]].nbytes for n in plans)
-        width = 8 * stored / sum(math.prod(p.shape) for p in plans.values())
+        stored = sum(parameters.nbytes(plan.parameter) for plan in plans.values())
+        width = 8 * stored / sum(plan.numel for plan in plans.values())
         found: dict[str, Any] = dict.fromkeys(NORMS, 0.0)
         return Row(
             Factors(FLOAT, round(width), 0, 0, "none"),

@@ -27,6 +27,7 @@ from loftq.calibrate.batches import Batch, make_batches
 from loftq.calibrate.blocks import find_blocks, head_name
 from loftq.calibrate.calls import tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
+from loftq.calibrate.experts import ExpertCollector, check_experts, unseen_experts
 from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
 from loftq.calibrate.spill import Spill
@@ -69,6 +70,8 @@ class StreamedGradients(Streamed):
         tokens: the text.
         windows: how many of the text's windows the backward pass runs on, spread evenly; ``None`` for all.
         fisher: the means of the square root of the diagonal Fisher information per row and column as well (LQ-LoRA).
+        experts: names of parameters with all experts of a layer, of whose inputs the second moments are wanted, without
+            gradients. Their groups come first, during the forward pass.
         batch_tokens: windows are run together up to this many tokens.
         spill_bytes: activations that wait beyond this many bytes are written to a temporary folder.
         dtype: in which the model runs.
@@ -89,6 +92,7 @@ class StreamedGradients(Streamed):
         *,
         windows: int | None = None,
         fisher: bool = False,
+        experts: Collection[str] = (),
         batch_tokens: int = 1024,
         spill_bytes: int = 2_000_000_000,
         dtype: torch.dtype = torch.float32,
@@ -105,7 +109,8 @@ class StreamedGradients(Streamed):
         # one block's worth after another, whatever the model's depth: on disk at once
         self._moments = Spill(0)
         self._head = head_name(self._model, self._targets)
-        self._blocks = find_blocks(self._model, self._targets)
+        self._experts = check_experts(self._model, experts)
+        self._blocks = find_blocks(self._model, [*self._targets, *self._experts])
         self.work = len(self._blocks) * sum(int(b.tokens) for b in self._batches)
         self._blocks += [self._head] if self._head else []
         self.work += (len(self._blocks) + bool(self._head)) * sum(
@@ -118,7 +123,7 @@ class StreamedGradients(Streamed):
         Layers that share an input share the factors computed from it. Those that no gradient reaches come later, and what
         was never reached comes last.
         """
-        unreached = dict(self._targets)
+        unreached = {**self._targets, **self._experts}
         inputs: dict[str, _Inputs] = {}
         self._start()
         try:
@@ -127,9 +132,13 @@ class StreamedGradients(Streamed):
                     raise runs_again(block)
                 self._load(block)
                 collector = Collector(within(block, self._targets), full=True)
+                of_experts = ExpertCollector(within(block, self._experts), full=True)
                 while self._waiting(Call) == block:
-                    self._each(Call, block, partial(self._forward, collector))
+                    self._each(Call, block, partial(self._forward, collector, of_experts))
                 inputs[block] = self._put_away(len(inputs), collector)
+                for name, (together, each) in of_experts.results().items():
+                    del unreached[name]
+                    yield Group((name,), partial(identity, together), each)
             while (block := self._waiting(Back)) is not None:
                 self._load(block)
                 gradients = _Gradients(within(block, self._targets), self.fisher)
@@ -145,7 +154,10 @@ class StreamedGradients(Streamed):
         finally:
             self.close()
         for name, module in unreached.items():
-            yield Group((name,), partial(unseen, in_features(module)))
+            if name in self._targets:
+                yield Group((name,), partial(unseen, in_features(module)))
+            else:
+                yield unseen_experts(name, module)
 
     def close(self) -> None:
         """End the passes and remove what was spilled."""
@@ -226,7 +238,7 @@ class StreamedGradients(Streamed):
         return next((d.call.block for d in self._drivers if isinstance(d.call, kind)), None)
 
     def _each(self, kind: type[Call] | type[Back], block: str, work: Callable[[Batch, Any], Any]) -> None:
-        last = not within(block, self._targets)
+        last = not within(block, {**self._targets, **self._experts})
         for position, (driver, batch) in enumerate(zip(self._drivers, self._batches, strict=True)):
             if not isinstance(driver.call, kind) or driver.call.block != block:
                 continue
@@ -239,8 +251,9 @@ class StreamedGradients(Streamed):
             self.progress(block, batch.tokens)
 
     @torch.no_grad()
-    def _forward(self, collector: Collector, batch: Batch, call: Call) -> Any:
-        with collector.run(self._rows(batch, call.block, (call.args, call.kwargs))):
+    def _forward(self, collector: Collector, of_experts: ExpertCollector, batch: Batch, call: Call) -> Any:
+        rows = self._rows(batch, call.block, (call.args, call.kwargs))
+        with collector.run(rows), of_experts.run(rows):
             return self._model.get_submodule(call.block)(*call.args, **call.kwargs)
 
     @staticmethod

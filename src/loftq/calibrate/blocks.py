@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.calibrate.assembly import Assembly
+from loftq.checkpoint.assembly import Assembly
 from loftq.checkpoint.naming import architecture, meta_model, missing_parameters, model_names
 from loftq.checkpoint.source import Source
 from loftq.config import one_of

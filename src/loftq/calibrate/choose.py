@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from loftq.calibrate.backward import StreamedGradients
 from loftq.calibrate.collect import collect, describe
-from loftq.calibrate.forward import Group, StreamedForward
+from loftq.calibrate.forward import StreamedForward
+from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.statistics import OF_LAYER, Statistics
 from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
@@ -36,13 +37,16 @@ class Inputs:
 
     Attributes:
         method: the solver's method, now that it is known whether there are statistics.
-        targets: layers that are decomposed when the forward pass (or the saved statistics) reaches them.
+        targets: layers, and parameters with experts, that are decomposed when the forward pass (or the saved statistics)
+            reaches them.
+        experts: of the targets those with experts, and how many.
         summary: what the report says of the calibration, ``None`` if there is none.
         propagate: whether layers see the quantized ones before them.
     """
 
     method: str
     targets: tuple[str, ...] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
     propagate: bool = False
     statistics: Statistics | None = None
@@ -59,17 +63,26 @@ class Inputs:
         if not needed or not self.targets:
             yield iter(())
         elif self.statistics is not None:
-            yield _saved(self.statistics, self.targets)
+            yield _saved(self.statistics, self.targets, self.experts)
         else:
             assert self.source is not None
             assert self.tokens is not None
+            layers = [name for name in self.targets if name not in self.experts]
             if self.gradients:
                 with StreamedGradients(
-                    self.source, self.targets, self.tokens, windows=self.gradients, fisher=self.fisher, seed=self.seed
+                    self.source,
+                    layers,
+                    self.tokens,
+                    windows=self.gradients,
+                    fisher=self.fisher,
+                    seed=self.seed,
+                    experts=self.experts,
                 ) as backward:
                     yield backward.groups()
                 return
-            with StreamedForward(self.source, self.targets, self.tokens, propagate=self.propagate) as self._forward:
+            with StreamedForward(
+                self.source, layers, self.tokens, propagate=self.propagate, experts=self.experts
+            ) as self._forward:
                 yield self._forward.groups()
 
     def replace(self, name: str, weight: Tensor) -> None:
@@ -84,11 +97,15 @@ class Inputs:
         return InputStatistics(torch.zeros(plan.shape[1]), torch.zeros(plan.shape[1]), tokens=0)
 
 
-def _saved(statistics: Statistics, targets: tuple[str, ...]) -> Iterator[Group]:
+def _saved(statistics: Statistics, targets: tuple[str, ...], experts: Mapping[str, int]) -> Iterator[Group]:
     """One group a layer. Factors are shared between neighbours with one input, and given up when it has passed."""
     moment: Tensor | None = None
     shared = None
     for name in targets:
+        if name in experts:
+            each = [statistics[f"{name}.{expert}"] for expert in range(experts[name])]
+            yield Group((name,), partial(identity, each[0]), each)
+            continue
         found = statistics[name]
         if shared is None or found.second_moment is not moment:
             moment, shared = found.second_moment, replace(found)
@@ -112,6 +129,7 @@ def calibrated(
     """
     chosen = METHODS[config.method] if config.method is not None else None
     linear = tuple(name for name, plan in plans.items() if plan.kind != "embedding")
+    experts = {name: plan.experts for name, plan in plans.items() if plan.experts}
     if chosen is not None and not chosen.needs_inputs:
         return Inputs(config.method or "loftq")
     if statistics is not None:
@@ -119,11 +137,15 @@ def calibrated(
             raise ConfigError("saved statistics are of the original model; give a calibration text with --propagate")
         if isinstance(statistics, (str, Path)):
             statistics = Statistics.load(statistics, hashes)
-        covered = tuple(name for name in linear if name in statistics)
+        covered = tuple(n for n in linear if all(part.name in statistics for part in plans[n].matrices()))
         if not covered:
             raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
         return Inputs(
-            config.method or default_method(config.bits, True), covered, dict(statistics.summary), statistics=statistics
+            config.method or default_method(config.bits, True),
+            covered,
+            {name: count for name, count in experts.items() if name in covered},
+            dict(statistics.summary),
+            statistics=statistics,
         )
     name = config.calibration
     if name == "auto":
@@ -164,11 +186,18 @@ def calibrated(
         model=_generator(source) if name == "self" else None,
     )
     method = config.method or default_method(config.bits, True)
+    if experts and (config.propagate or METHODS[method].needs_gradients):
+        raise ConfigError(
+            f"{'--propagate' if config.propagate else f'method {method!r}'} was given for a model with experts such as "
+            f"{next(iter(experts))}, which it cannot be calibrated with; choose another method or leave the experts out with "
+            f"exclude_modules"
+        )
     gradients = _gradients(model, config, METHODS[method])
     summary = {**describe(tokens, True, gradients), "propagate": config.propagate}
     return Inputs(
         method,
         linear,
+        experts,
         summary,
         config.propagate,
         source=source,
@@ -248,5 +277,12 @@ def collect_statistics(
     inputs = calibrated(opened, model, plans, config, {}, None, lambda sentence: None)
     assert inputs.tokens is not None
     return collect(
-        opened, inputs.targets, inputs.tokens, full=full, gradients=inputs.gradients, fisher=fisher, progress=progress
+        opened,
+        [name for name in inputs.targets if name not in inputs.experts],
+        inputs.tokens,
+        full=full,
+        gradients=inputs.gradients,
+        fisher=fisher,
+        experts=inputs.experts,
+        progress=progress,
     )

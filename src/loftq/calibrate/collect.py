@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loftq.calibrate.backward import StreamedGradients
 from loftq.calibrate.batches import Batch, make_batches
+from loftq.calibrate.experts import ExpertCollector, check_experts
 from loftq.calibrate.forward import StreamedForward
 from loftq.calibrate.moments import Rows, unseen
 from loftq.calibrate.statistics import Statistics
@@ -46,6 +47,7 @@ def collect(
     full: bool = True,
     gradients: int = 0,
     fisher: bool = False,
+    experts: Collection[str] = (),
     batch_tokens: int = 2048,
     spill_bytes: int = 2_000_000_000,
     progress: bool | Advance = True,
@@ -58,6 +60,8 @@ def collect(
         tokens, full, batch_tokens, spill_bytes: see :class:`StreamedForward`.
         gradients: on how many windows to run the backward pass as well, for ``loftq-data``; see
             :class:`loftq.calibrate.backward.StreamedGradients`. Second moments are then full.
+        experts: parameters with the experts of a layer; every expert's statistics are under the parameter's name and the
+            expert's number.
         fisher: with the gradients the diagonal Fisher information too, for LQ-LoRA.
         progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, tokens)``.
 
@@ -71,16 +75,18 @@ def collect(
     if fisher and not gradients:
         raise ConfigError("fisher was asked for with gradients=0, expected windows to run the backward pass on")
     if gradients:
-        forward = StreamedGradients(opened, targets, tokens, windows=gradients, fisher=fisher, spill_bytes=spill_bytes)
+        forward = StreamedGradients(
+            opened, targets, tokens, windows=gradients, fisher=fisher, experts=experts, spill_bytes=spill_bytes
+        )
         full = True
     else:
         forward = StreamedForward(
-            opened, targets, tokens, full=full, batch_tokens=batch_tokens, spill_bytes=spill_bytes
+            opened, targets, tokens, full=full, batch_tokens=batch_tokens, spill_bytes=spill_bytes, experts=experts
         )
     with forward, _reporter(progress, forward.work) as forward.progress:
         for group in forward.groups():
-            layers.update(dict.fromkeys(group.names, group.statistics()))
-    layers = {name: layers[name] for name in targets}
+            layers.update(group.by_name())
+    layers = {name: layers[name] for name in [*targets, *(n for n in layers if n not in set(targets))]}
     return Statistics(layers, describe(tokens, full, gradients), {f.name: sha256_file(f) for f in opened.files})
 
 
@@ -91,6 +97,7 @@ def collect_from_model(
     tokens: CalibrationTokens,
     *,
     full: bool = True,
+    experts: Collection[str] = (),
     batch_tokens: int = 2048,
     progress: bool | Advance = True,
 ) -> Statistics:
@@ -103,12 +110,14 @@ def collect_from_model(
     batches = make_batches(model, tokens, batch_tokens)
     device = next(model.parameters()).device
     collector = Collector(modules, full=full)
+    of_experts = ExpertCollector(check_experts(model, experts), full=full)
     was_training = model.training
     model.eval()
     try:
         with _reporter(progress, sum(batch.tokens for batch in batches)) as advance:
             for batch in batches:
-                with _rows_of(model, batch, device) as rows, collector.run(rows):
+                own = Rows(batch.masks_for("")[1].to(device))
+                with _rows_of(model, batch, device) as rows, collector.run(rows), of_experts.run(own):
                     model(**{name: value.to(device) for name, value in batch.inputs.items()})
                 advance("tokens", batch.tokens)
     finally:
@@ -117,6 +126,8 @@ def collect_from_model(
     for names, statistics in collector.results():
         layers.update(dict.fromkeys(names, statistics))
     layers.update({name: unseen(in_features(m)) for name, m in modules.items() if name not in layers})
+    for name, (_, each) in of_experts.results().items():
+        layers.update({f"{name}.{expert}": found for expert, found in enumerate(each)})
     return Statistics(layers, describe(tokens, full))
 
 

@@ -8,26 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loftq.calibrate.moments import Moment, Rows, Scratch, combine
+from loftq.calibrate.groups import Group, identity
+from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
 from loftq.errors import ConfigError
+from loftq.modules.experts import PARAMETERS, expert_shape, fused_experts
 from loftq.solver.importance import InputStatistics
-
-PARAMETERS = ("gate_up_proj", "down_proj")
-
-
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the parameters ``….gate_up_proj`` and ``….down_proj`` that hold all experts of a layer."""
-    return [
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if all(getattr(getattr(module, p, None), "ndim", 0) == 3 for p in PARAMETERS) and hasattr(module, "_apply_gate")
-        for parameter in PARAMETERS
-    ]
 
 
 def check_experts(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
@@ -43,6 +34,13 @@ def check_experts(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Modu
             raise ConfigError(f"{name!r} is no parameter with the experts of a layer in {type(model).__name__}")
         found[name] = model.get_submodule(name.rpartition(".")[0])
     return found
+
+
+def unseen_experts(name: str, module: nn.Module) -> Group:
+    """The group of a parameter that the text never reached."""
+    leaf = name.rpartition(".")[2]
+    nothing = unseen(expert_shape(module, leaf)[1])
+    return Group((name,), partial(identity, nothing), [nothing] * getattr(module, leaf).shape[0])
 
 
 class ExpertCollector:

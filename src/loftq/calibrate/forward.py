@@ -22,7 +22,7 @@ from loftq.calibrate.batches import Batch
 from loftq.calibrate.blocks import find_blocks, head_name, return_memory
 from loftq.calibrate.calls import copied, tensors_of
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
-from loftq.calibrate.experts import ExpertCollector, check_experts
+from loftq.calibrate.experts import ExpertCollector, check_experts, unseen_experts
 from loftq.calibrate.groups import Group, identity
 from loftq.calibrate.moments import Moment, Rows, combine, unseen
 from loftq.calibrate.streamed import Advance, Streamed, runs_again, within
@@ -119,6 +119,8 @@ class StreamedForward(Streamed):
         for name, module in unreached.items():
             if name in self._targets:
                 yield Group((name,), partial(unseen, in_features(module)))
+            else:
+                yield unseen_experts(name, module)
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Give the weight, as the module stores it, that later layers see instead of the original one.

@@ -39,6 +39,12 @@ class Group:
             self._compute = None
         return self._result
 
+    def by_name(self) -> dict[str, InputStatistics]:
+        """The statistics of every layer, of experts each one's under the parameter's name and its number."""
+        if self.experts is None:
+            return dict.fromkeys(self.names, self.statistics())
+        return {f"{self.names[0]}.{expert}": statistics for expert, statistics in enumerate(self.experts)}
+
 
 def identity(value: InputStatistics) -> InputStatistics:
     """Statistics that are known already."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from loftq.checkpoint.source import as_bytes, read_header
 from loftq.checkpoint.writer import disk_errors
 from loftq.errors import SourceError
+from loftq.plan.targets import ModulePlan
 from loftq.solver.importance import InputStatistics
 
 FORMAT_VERSION = 1
@@ -24,7 +25,8 @@ OF_LAYER = ("output_moment", "guided_moment", "fisher_rows", "fisher_columns")
 
 
 class Statistics(Mapping[str, InputStatistics]):
-    """Layer name -> its :class:`InputStatistics`. Layers with one input share an object, or its tensors.
+    """Layer name -> its :class:`InputStatistics`. Layers with one input share an object, or its tensors. An expert's are
+    under the name of the parameter and its number, such as ``….experts.down_proj.3``.
 
     Args:
         layers: the statistics.
@@ -50,6 +52,13 @@ class Statistics(Mapping[str, InputStatistics]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def of_module(self, plan: ModulePlan) -> InputStatistics | list[InputStatistics] | None:
+        """What is known of a module's inputs, of experts each one's; ``None`` if nothing is."""
+        found = [self._layers[part.name] for part in plan.matrices() if part.name in self._layers]
+        if not found or not plan.experts:
+            return found[0] if found else None
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, which appears whole or not at all. A tensor that layers share is stored once.

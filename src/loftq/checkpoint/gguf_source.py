@@ -77,8 +77,9 @@ class GGUFSource:
         """The configuration that the file's metadata describes; a copy, the caller's own."""
         return copy.deepcopy(self._config)
 
-    def read(self, name: str) -> Tensor:
-        """The parameter ``name``, dequantized and in Hugging Face's layout, in memory of its own.
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The parameter ``name``, dequantized and in Hugging Face's layout, in memory of its own; with ``index`` that element
+        of its first dimension.
 
         Raises:
             SourceError: if the file ends early, or holds the tensor in another shape than the model's.
@@ -89,7 +90,7 @@ class GGUFSource:
         if tuple(tensor.shape) != info.shape:
             raise self._unreadable(f"gives {name} the shape {tuple(tensor.shape)}, expected {info.shape}")
         # Rules work in float32, where a permutation of 16-bit values is exact and an offset loses nothing.
-        return tensor.to(info.dtype).contiguous()
+        return (tensor if index is None else tensor[index].clone()).to(info.dtype).contiguous()
 
     def save_extras(self, out_dir: Path) -> None:
         """Write generation settings and, where the file's vocabulary can be rebuilt, the tokenizer to ``out_dir``."""

@@ -68,8 +68,8 @@ class Source(Protocol):
     def config(self) -> PretrainedConfig:
         """The model's configuration, without a quantization config."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor, or the element ``index`` of its first dimension, in memory of its own."""
 
     def save_extras(self, out_dir: Path) -> None:
         """Write tokenizer and generation settings to ``out_dir``."""
@@ -183,9 +183,13 @@ class SafetensorsSource:
     def config(self) -> PretrainedConfig:
         return read_config(self.path)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: int | None = None) -> Tensor:
         file, begin, size = self._where[name]
         info = self.tensors[name]
+        if index is not None:
+            size //= info.shape[0]
+            begin += index * size
+            info = TensorInfo(info.dtype, info.shape[1:])
         buffer = torch.empty(size, dtype=torch.uint8)
         with read_errors(file), open(file, "rb") as stream:
             stream.seek(begin)

@@ -28,8 +28,11 @@ class TensorInfo(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of the tensors that a (out, in) matrix is stored in; names as in a state dict."""
+def storage_layout(spec: QuantSpec, shape: tuple[int, int], experts: int = 0) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of the tensors that a (out, in) matrix is stored in; names as in a state dict.
+
+    With ``experts`` there are so many matrices of that shape, and each tensor has a dimension for them in front.
+    """
     out_features, in_features = shape
     blocks = -(-in_features // spec.block_size)
     scale_dtype = DTYPES[spec.scale_dtype]
@@ -49,6 +52,8 @@ def storage_layout(spec: QuantSpec, shape: tuple[int, int]) -> dict[str, TensorI
     if spec.double_quant:
         layout["weight_scale_absmax"] = TensorInfo(torch.float32, (-(-out_features * blocks // GROUP),))
         layout["weight_scale_offset"] = TensorInfo(torch.float32, ())
+    if experts:
+        return {name: TensorInfo(info.dtype, (experts, *info.shape)) for name, info in layout.items()}
     return layout
 
 

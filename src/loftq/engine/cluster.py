@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import loftq
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig
 from loftq.engine.jobs import Computed, Job
-from loftq.engine.worker import Origin, Stack, Task, compute, pack_statistics, unpack
+from loftq.engine.worker import Origin, Stack, Task, compute, pack_experts, pack_statistics, unpack
 from loftq.errors import ClusterError, ConfigError, LoftQError, first_line
 from loftq.kernels.threads import is_small
 from loftq.optional import optional_module
@@ -111,8 +111,7 @@ class RayEngine:
         try:
             for job in jobs:
                 if job.unit.plan is None:  # nothing to compute: a worker would only send back what can be read here
-                    tensor = self.source.read(job.unit.source_name)
-                    yield job.unit, timed(partial(job.unit.compute, tensor, self.config))
+                    yield job.unit, timed(partial(job.unit.compute, job.unit.matrices(self.source), self.config))
                     continue
                 while waiting and sum(cores for _, cores in waiting.values()) > self._cores():
                     yield self._next(waiting)
@@ -130,7 +129,9 @@ class RayEngine:
     def _submit(self, job: Job, cores: int) -> Any:
         key = of_input = None
         of_layer: dict[str, Any] = {}
-        if job.statistics is not None:
+        if isinstance(job.statistics, Sequence):
+            of_input = self.ray.put(pack_experts(job.statistics))
+        elif job.statistics is not None:
             shared = job.statistics._metrics
             if self._shared[0] is not shared:
                 packed, of_layer = pack_statistics(job.statistics)

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from loftq.calibrate.choose import Inputs
+from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.source import Source
 from loftq.checkpoint.writer import Staging
 from loftq.config import ENGINES, LoftQConfig, one_of
 from loftq.errors import ConfigError
 from loftq.parallel import run_side_by_side
-from loftq.solver.importance import InputStatistics
-from loftq.units import Unit
+from loftq.units import Known, Unit, largest_factor
 
 Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
 """A unit's tensors and its record, and the seconds that they took."""
@@ -34,12 +34,12 @@ class Job:
     """A unit to compute, with what is known of its inputs."""
 
     unit: Unit
-    statistics: InputStatistics | None = None
+    statistics: Known = None
 
     @property
     def size(self) -> int:
-        """Elements of the largest matrix that the job works on: the weight or a factor of its statistics."""
-        return max(self.unit.weights, 0 if self.statistics is None else self.statistics.factored)
+        """Elements of what the job works on: the weights, of all experts together, or a factor of its statistics."""
+        return max(self.unit.weights, largest_factor(self.statistics))
 
 
 class Engine(Protocol):
@@ -52,15 +52,16 @@ class Engine(Protocol):
 class LocalEngine:
     """This process, with a thread for each core."""
 
-    def __init__(self, source: Source, config: LoftQConfig) -> None:
+    def __init__(self, source: Source, parameters: Parameters, config: LoftQConfig) -> None:
         self.source = source
+        self.parameters = parameters
         self.config = config
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
         def calls() -> Iterator[tuple[tuple[Unit, int], Callable[[], Any]]]:
             for job in jobs:
-                tensor = self.source.read(job.unit.source_name)
-                yield (job.unit, job.size), partial(job.unit.compute, tensor, self.config, job.statistics)
+                matrices = job.unit.matrices(self.source, self.parameters)
+                yield (job.unit, job.size), partial(job.unit.compute, matrices, self.config, job.statistics)
 
         for (unit, _), computed in run_side_by_side(calls(), lambda key: key[1]):
             yield unit, computed
@@ -75,7 +76,12 @@ def check_engine(name: str, address: str | None) -> None:
 
 @contextmanager
 def open_engine(
-    name: str, source: Source, config: LoftQConfig, address: str | None, notice: Callable[[str], None]
+    name: str,
+    source: Source,
+    parameters: Parameters,
+    config: LoftQConfig,
+    address: str | None,
+    notice: Callable[[str], None],
 ) -> Iterator[Engine]:
     """The engine of that name.
 
@@ -84,7 +90,7 @@ def open_engine(
     """
     check_engine(name, address)
     if name == "local":
-        yield LocalEngine(source, config)
+        yield LocalEngine(source, parameters, config)
         return
     from loftq.engine.cluster import RayEngine, connected
 
@@ -108,7 +114,7 @@ def run_all(
     with inputs.open(len(waiting - staging.done.keys()) > 0) as groups:
         free = (Job(unit, inputs.unseen(unit.plan)) for unit in todo if unit.name not in waiting)
         behind = (
-            Job(by_name[name], group.statistics())
+            Job(by_name[name], group.experts or group.statistics())
             for group in groups
             for name in group.names
             if name not in staging.done

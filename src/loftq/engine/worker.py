@@ -1,4 +1,4 @@
-"""What a worker of a cluster does: it opens the source itself, reads one tensor, and gives back what came of it.
+"""What a worker of a cluster does: it opens the source itself, reads its own tensors, and gives back what came of it.
 
 Nothing here knows Ray. Tensors travel as bytes in numpy arrays, which an object store shares without copying, and are copied
 into torch's own memory where they arrive: BLAS may round differently at an address of another alignment.
@@ -7,7 +7,7 @@ into torch's own memory where they arrive: BLAS may round differently at an addr
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from loftq.calibrate.statistics import OF_INPUT, OF_LAYER
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import Source, as_bytes, hub_snapshot, open_source
 from loftq.config import LoftQConfig
 from loftq.errors import ClusterError, LoftQError, SourceError
 from loftq.parallel import timed
 from loftq.report.system import versions
 from loftq.solver.importance import InputStatistics
-from loftq.units import Unit
+from loftq.units import Known, Unit
 
 
 class Packet(NamedTuple):
@@ -53,6 +55,29 @@ def pack_statistics(statistics: InputStatistics) -> tuple[dict[str, Any], dict[s
         found = {name: getattr(statistics, name) for name in names}
         parts.append({name: pack(value) for name, value in found.items() if value is not None})
     return {**parts[0], "tokens": statistics.tokens}, parts[1]
+
+
+class ExpertPackets(NamedTuple):
+    """The statistics of every expert; those with few tokens share one.
+
+    Attributes:
+        which: of ``distinct``, by expert.
+    """
+
+    which: list[int]
+    distinct: list[dict[str, Any]]
+
+
+def pack_experts(statistics: Sequence[InputStatistics]) -> ExpertPackets:
+    distinct = list({id(each): each for each in statistics}.values())
+    number = {id(each): k for k, each in enumerate(distinct)}
+    packed = [pack_statistics(each) for each in distinct]
+    return ExpertPackets([number[id(each)] for each in statistics], [{**a, **b} for a, b in packed])
+
+
+def unpack_statistics(packed: Mapping[str, Any]) -> InputStatistics:
+    tensors = {name: unpack(value) for name, value in packed.items() if name != "tokens"}
+    return InputStatistics(tokens=packed["tokens"], **tensors)
 
 
 class Stack(NamedTuple):
@@ -92,7 +117,7 @@ class Task:
 
     Attributes:
         threads: to compute with, as many as the local run would have: results depend on it.
-        shared: tells the inputs that several layers share apart; ``None`` without statistics.
+        shared: tells the inputs that several layers share apart; ``None`` for experts and without statistics.
         of_layer: statistics that are one layer's. stack: the driver's.
     """
 
@@ -113,7 +138,7 @@ class Result(NamedTuple):
     instructions: str
 
 
-def compute(task: Task, of_input: Mapping[str, Any] | None) -> Result | LoftQError:
+def compute(task: Task, of_input: ExpertPackets | Mapping[str, Any] | None) -> Result | LoftQError:
     """Do a task. A mistake of the user is returned, so that it reaches the user as the one sentence that it is."""
     try:
         here = Stack.here()
@@ -124,13 +149,10 @@ def compute(task: Task, of_input: Mapping[str, Any] | None) -> Result | LoftQErr
                 f"{task.stack.versions[other[0]]} as where the command runs, since results would differ; install that version"
             )
         torch.set_num_threads(task.threads)
-        tensor = reopened(task.origin).read(task.unit.source_name)
-        statistics = None
-        if task.shared is not None and of_input is not None:
-            statistics = _inputs(task.shared, of_input)
-            if task.of_layer:
-                statistics = statistics.of_layer(**{n: unpack(p) for n, p in task.of_layer.items()})
-        (tensors, record), seconds = timed(partial(task.unit.compute, tensor, task.config, statistics))
+        parameters = _parameters(task.origin) if task.unit.experts else None  # which takes the architecture to know
+        matrices = task.unit.matrices(reopened(task.origin), parameters)
+        known = _known(task, of_input)
+        (tensors, record), seconds = timed(partial(task.unit.compute, matrices, task.config, known))
         packed = {name: pack(tensor) for name, tensor in tensors.items()}
         return Result(packed, record, seconds, platform.node(), here.instructions)
     except LoftQError as error:
@@ -161,8 +183,25 @@ def reopened(origin: Origin) -> Source:
     return source
 
 
+@lru_cache(maxsize=1)
+def _parameters(origin: Origin) -> Parameters:
+    source = reopened(origin)
+    return Parameters(source, meta_model(source.config()))
+
+
 def _sizes(source: Source) -> tuple[tuple[str, int], ...]:
     return tuple((file.name, file.stat().st_size) for file in source.files)
+
+
+def _known(task: Task, of_input: ExpertPackets | Mapping[str, Any] | None) -> Known:
+    if of_input is None:
+        return None
+    if isinstance(of_input, ExpertPackets):
+        distinct = [unpack_statistics(each) for each in of_input.distinct]
+        return [distinct[k] for k in of_input.which]
+    assert task.shared is not None
+    statistics = _inputs(task.shared, of_input)
+    return statistics.of_layer(**{n: unpack(p) for n, p in task.of_layer.items()}) if task.of_layer else statistics
 
 
 # The latest input only: the layers that share it come one after the other, and so share the factors computed from it.
@@ -173,6 +212,5 @@ def _inputs(key: str, of_input: Mapping[str, Any]) -> InputStatistics:
     global _latest
     if _latest is None or _latest[0] != key:
         _latest = None  # frees the factors before the next ones are computed
-        tensors = {name: unpack(value) for name, value in of_input.items() if name != "tokens"}
-        _latest = (key, InputStatistics(tokens=of_input["tokens"], **tensors))
+        _latest = (key, unpack_statistics(of_input))
     return _latest[1]

@@ -20,14 +20,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loftq.checkpoint.naming import meta_model, model_names
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import SafetensorsSource, Source, open_source
-from loftq.codec.qtensor import QuantizedTensor
+from loftq.codec.qtensor import QuantizedTensor, storage_layout
 from loftq.config import LoftQConfig
 from loftq.errors import SourceError, WeightError
-from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, tensor_names
+from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, matrix_factors, tensor_names
 from loftq.hub.backbone import read_quantization_config
-from loftq.plan.targets import ModulePlan
+from loftq.modules.experts import stored_name
+from loftq.plan.targets import ModulePlan, report_plans
 from loftq.report.record import QuantizationReport
 from loftq.solver import lora_scaling
 
@@ -78,8 +80,7 @@ class ErrorMeter:
     def __init__(self, source: str | Path | Source, statistics: Mapping[str, _HasSecondMoment] | None = None) -> None:
         self.source = open_source(source) if isinstance(source, (str, Path)) else source
         self.statistics = statistics or {}
-        model = meta_model(self.source.config())
-        self._source_names = {own: name for name, own in model_names(model, self.source.tensors).items()}
+        self._parameters = Parameters(self.source, meta_model(self.source.config()))
         self._energy: dict[str, float] = {}  # tr(W H Wᵀ) by module: the same for every folder
 
     def measure(self, folder: str | Path, *, use_adapter: bool = True) -> FolderErrors:
@@ -94,9 +95,12 @@ class ErrorMeter:
         return FolderErrors([self._module(*item) for item in self.residuals(folder, use_adapter=use_adapter)])
 
     def residuals(self, folder: str | Path, *, use_adapter: bool = True) -> Iterator[tuple[ModulePlan, Tensor, Tensor]]:
-        """(plan, W, E) of every module, one at a time: (out, in) float32 each. Arguments and errors as :meth:`measure`."""
-        for plan, stored in self._matrices(Path(folder), use_adapter):
-            weight = self._weight(plan)
+        """(plan, W, E) of every matrix, one at a time: (out, in) float32 each. Arguments and errors as :meth:`measure`.
+
+        Experts are a matrix each, named as :meth:`ModulePlan.matrices` names them.
+        """
+        for module, expert, plan, stored in self._matrices(Path(folder), use_adapter):
+            weight = self._weight(module, expert, plan)
             yield plan, weight, stored.neg_().add_(weight)
 
     def _module(self, plan: ModulePlan, weight: Tensor, error: Tensor) -> ModuleError:
@@ -109,11 +113,10 @@ class ErrorMeter:
             self._energy[plan.name] = energy(weight, moment)
         return ModuleError(plan.name, relative, _ratio(energy(error, moment), self._energy[plan.name]))
 
-    def _weight(self, plan: ModulePlan) -> Tensor:
-        name = self._source_names.get(f"{plan.name}.weight")
-        if name is None:
+    def _weight(self, module: ModulePlan, expert: int | None, plan: ModulePlan) -> Tensor:
+        if not self._parameters.parts(module.parameter):
             raise SourceError(f"{self.source.path} has no weight of {plan.name}, expected the source of the folder")
-        weight = self.source.read(name).float()
+        weight = self._parameters.read(module.parameter, expert, module.experts).float()
         weight = weight.T if plan.kind == "conv1d" else weight
         if tuple(weight.shape) != plan.shape:
             raise SourceError(
@@ -122,7 +125,7 @@ class ErrorMeter:
             )
         return weight
 
-    def _matrices(self, folder: Path, use_adapter: bool) -> Iterator[tuple[ModulePlan, Tensor]]:
+    def _matrices(self, folder: Path, use_adapter: bool) -> Iterator[tuple[ModulePlan, int | None, ModulePlan, Tensor]]:
         from loftq.hub.quantizer import LoftQQuantizationConfig
 
         report = QuantizationReport.load(folder)
@@ -133,27 +136,30 @@ class ErrorMeter:
         missing = [record.name for record in report.modules if record.name not in specs]
         if missing:
             raise SourceError(f"{folder}'s config.json does not say how {missing[0]} is stored; quantize again")
-        for record in report.modules:
-            rows, columns = record.shape
-            plan = ModulePlan(record.name, record.kind, (rows, columns), specs[record.name], record.rank)
-            prefix = f"{plan.name}."
-            own = {n: packed.read(n) for n in packed.tensors if n.startswith(f"{prefix}weight")}
-            try:
-                stored = QuantizedTensor.from_state_dict(own, plan.spec, plan.shape, prefix).dequantize()
-            except WeightError as error:
-                raise SourceError(f"{folder} does not hold {plan.name} ({error}); quantize again") from None
-            if adapter is not None:
-                scaling = lora_scaling(config.lora_alpha, plan.rank, config.use_rslora)
-                stored += scaling * _delta(adapter, plan)
-            yield plan, stored
+        for module in report_plans(report, specs).values():
+            scaling = lora_scaling(config.lora_alpha, module.rank, config.use_rslora)
+            factors = None if adapter is None else _factors(adapter, module)
+            for number, plan in enumerate(module.matrices()):
+                expert = number if module.experts else None
+                names = {n: stored_name(module.parameter, n) for n in storage_layout(plan.spec, plan.shape)}
+                own = {n: packed.read(name, expert) for n, name in names.items() if name in packed.tensors}
+                try:
+                    stored = QuantizedTensor(own, plan.spec, plan.shape).dequantize()
+                except WeightError as error:
+                    raise SourceError(f"{folder} does not hold {plan.name} ({error}); quantize again") from None
+                if factors is not None:
+                    lora_A, lora_B = factors[number]
+                    delta = lora_B @ lora_A
+                    stored += scaling * (delta.T if plan.kind == "embedding" else delta)
+                yield module, expert, plan, stored
 
 
-def _delta(adapter: SafetensorsSource, plan: ModulePlan) -> Tensor:
+def _factors(adapter: SafetensorsSource, plan: ModulePlan) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each of the module's matrices."""
     name_A, name_B = tensor_names(plan)
     if name_A not in adapter.tensors or name_B not in adapter.tensors:
         raise SourceError(f"{adapter.path} has no {name_A} and {name_B}, expected the fitted adapter; quantize again")
-    lora_A, lora_B = adapter.read(name_A).float(), adapter.read(name_B).float()
-    return (lora_B @ lora_A).T if plan.kind == "embedding" else lora_B @ lora_A
+    return matrix_factors(plan, adapter.read(name_A).float(), adapter.read(name_B).float())
 
 
 def energy(matrix: Tensor, moment: Tensor) -> float:

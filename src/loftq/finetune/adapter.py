@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from loftq.checkpoint.source import SafetensorsSource
 from loftq.errors import ConfigError, SourceError
-from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR
+from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, tensor_names
 from loftq.hub.backbone import adapter_config
 from loftq.hub.quantizer import find_name
-from loftq.plan.targets import minimal_target_names
+from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
 from loftq.report.record import QuantizationReport
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def module_names(report: QuantizationReport, model: PreTrainedModel) -> dict[str
     Raises:
         SourceError: a module that the model does not have, though it has what the module is a part of.
     """
-    modules = dict(model.named_modules())
+    modules = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     prefix = model.base_model_prefix
     shared = {n.removeprefix(prefix + ".").partition(".")[0] for n in modules}
     found = {}
@@ -76,6 +76,14 @@ def task_lora_config(
     from peft import LoraConfig
 
     stored = adapter_config(folder / INIT_DIR)
+    plans = _plans(folder, names)
+    has_experts = any(plan.experts for plan in plans.values())
+    dropout = stored.get("lora_dropout", 0.0) if lora_dropout is None else lora_dropout
+    if has_experts and (dropout or use_dora):
+        raise ConfigError(
+            f"{'use_dora is on' if use_dora else f'lora_dropout is {dropout}'}, but {folder} has an adapter on experts, with "
+            f"which PEFT has neither DoRA nor dropout; turn it off, or quantize without the experts (exclude_modules)"
+        )
     patterns = {
         key: {names.get(n, n): v for n, v in (stored.get(key) or {}).items()}
         for key in ("rank_pattern", "alpha_pattern")
@@ -84,13 +92,22 @@ def task_lora_config(
         r=stored["r"],
         lora_alpha=stored["lora_alpha"],
         use_rslora=stored.get("use_rslora", False),
-        lora_dropout=stored.get("lora_dropout", 0.0) if lora_dropout is None else lora_dropout,
-        target_modules=minimal_target_names(set(names.values()), model),
+        lora_dropout=dropout,
+        target_modules=minimal_target_names({n for n, plan in plans.items() if not plan.experts}, model),
+        target_parameters=minimal_target_parameters(plans.values(), model) if has_experts else None,
         task_type=TASK_TYPES[auto_class],
         modules_to_save=list(heads) or None,
         use_dora=use_dora,
         **patterns,
     )
+
+
+def _plans(folder: Path, names: Mapping[str, str]) -> dict[str, ModulePlan]:
+    """The folder's modules by their names in the model."""
+    from loftq.report.memory.training import folder_plans
+
+    known = folder_plans(folder)
+    return {own: replace(known[recorded], name=own) for recorded, own in names.items()}
 
 
 def load_factors(model: PeftModel, folder: Path, names: Mapping[str, str]) -> None:
@@ -102,15 +119,10 @@ def load_factors(model: PeftModel, folder: Path, names: Mapping[str, str]) -> No
     source = SafetensorsSource(folder / INIT_DIR, single=ADAPTER_WEIGHTS)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for recorded, name in names.items():
-            for factor in ("A", "B"):
-                stored = f"base_model.model.{recorded}.lora_{factor}.weight"
-                target = f"base_model.model.{name}.lora_{factor}.default.weight"
-                if stored not in source.tensors:
-                    stored, target = (
-                        f"base_model.model.{recorded}.lora_embedding_{factor}",
-                        f"base_model.model.{name}.lora_embedding_{factor}.default",
-                    )
+        for (recorded, _), plan in zip(names.items(), _plans(folder, names).values(), strict=True):
+            for stored, target in zip(tensor_names(replace(plan, name=recorded)), tensor_names(plan), strict=True):
+                own, leaf = target.removesuffix(".weight"), ".weight" if target.endswith(".weight") else ""
+                target = f"{own}.default{leaf}"
                 if stored not in source.tensors or target not in parameters:
                     raise SourceError(f"{source.path} has no {stored}, expected the fitted adapter; quantize again")
                 tensor = source.read(stored)
@@ -174,8 +186,8 @@ def initialise(model: PreTrainedModel, heads: list[str], seed: int) -> None:
 
 def trainable_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable parameters, all parameters and packed weights)."""
-    from loftq.modules import PackedWeight
+    from loftq.modules import PackedModule
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(math.prod(m.matrix_shape) for m in model.modules() if isinstance(m, PackedWeight))
-    return trainable, sum(p.numel() for p in model.parameters()) + packed
+    packed = sum(m.packed_weights for m in model.modules() if isinstance(m, PackedModule))
+    return trainable, sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8) + packed

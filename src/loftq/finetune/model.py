@@ -198,7 +198,8 @@ def _with_adapter(start: Start, settings: TrainSettings, model: PreTrainedModel,
     names: dict[str, str] = {}
     if start.folder is not None:
         names = module_names(QuantizationReport.load(start.folder), model)
-        tables = [n for n in names.values() if isinstance(model.get_submodule(n), torch.nn.Embedding)]
+        modules = dict(model.named_modules())
+        tables = [n for n in names.values() if isinstance(modules.get(n), torch.nn.Embedding)]
         if settings.use_dora and tables:
             raise ConfigError(
                 f"use_dora is on, but {start.folder} has an adapter on the embedding {tables[0]}, which has no outputs to "

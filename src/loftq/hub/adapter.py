@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from loftq.codec.qtensor import TensorInfo
 from loftq.config import LoftQConfig
-from loftq.plan.targets import ModulePlan, minimal_target_names
+from loftq.errors import ConfigError
+from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,24 +34,23 @@ _TASK_TYPES = {
 
 def tensor_names(plan: ModulePlan) -> tuple[str, str]:
     """Names of A and B in PEFT's adapter file."""
-    base = f"base_model.model.{plan.name}"
+    base = f"base_model.model.{plan.adapter}"
     if plan.kind == "embedding":
         return f"{base}.lora_embedding_A", f"{base}.lora_embedding_B"
     return f"{base}.lora_A.weight", f"{base}.lora_B.weight"
 
 
 def tensor_layout(plan: ModulePlan) -> dict[str, TensorInfo]:
-    """Dtypes and shapes of A and B: (r, in) and (out, r); for an embedding (r, num_embeddings), (embedding_dim, r)."""
-    import torch
+    """Dtypes and shapes of A and B: (r, in) and (out, r); for an embedding (r, num_embeddings), (embedding_dim, r).
 
+    For E experts (r · E, in), one expert's rows after another's, and (out, r · E), where expert e has every E-th column.
+    """
     rows, columns = plan.shape
     name_A, name_B = tensor_names(plan)
     if plan.kind == "embedding":
         rows, columns = columns, rows
-    return {
-        name_A: TensorInfo(torch.float32, (plan.rank, columns)),
-        name_B: TensorInfo(torch.float32, (rows, plan.rank)),
-    }
+    rank = plan.rank * max(1, plan.experts)
+    return {name_A: TensorInfo(torch.float32, (rank, columns)), name_B: TensorInfo(torch.float32, (rows, rank))}
 
 
 def adapter_tensors(plan: ModulePlan, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
@@ -62,26 +64,73 @@ def adapter_tensors(plan: ModulePlan, lora_A: Tensor, lora_B: Tensor) -> dict[st
     return {name_A: lora_A.contiguous(), name_B: lora_B.contiguous()}
 
 
+def join_experts(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(A, B) of every expert as PEFT keeps those of a parameter: see :func:`tensor_layout`."""
+    lora_A, lora_B = zip(*factors, strict=True)
+    return torch.cat(lora_A), torch.stack(lora_B, dim=-1).flatten(1)
+
+
+def split_experts(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A (E, r, in) and B (E, out, r) from what :func:`join_experts` gives; views."""
+    return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def matrix_factors(plan: ModulePlan, lora_A: Tensor, lora_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each of :meth:`ModulePlan.matrices`, from the adapter's tensors; of an embedding as they are there."""
+    if not plan.experts:
+        return [(lora_A, lora_B)]
+    return list(zip(*split_experts(lora_A, lora_B, plan.experts), strict=True))
+
+
 def lora_config(
     plans: Mapping[str, ModulePlan], model: nn.Module, config: LoftQConfig, base: str | None = None
 ) -> LoraConfig:
-    """PEFT's config of the adapter. ``init_lora_weights`` stays true, so that loading never fits anything anew."""
+    """PEFT's config of the adapter. ``init_lora_weights`` stays true, so that loading never fits anything anew.
+
+    Raises:
+        ConfigError: PEFT cannot adapt these modules beside experts.
+    """
     from peft import LoraConfig
 
+    has_experts = any(plan.experts for plan in plans.values())
+    if has_experts and config.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout is {config.lora_dropout}, expected 0 with an adapter on experts, where PEFT has no dropout; set it "
+            f"to 0 or leave the experts out with exclude_modules"
+        )
     ranks = {name: plan.rank for name, plan in plans.items() if plan.rank != config.rank}
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    return LoraConfig(
+    lora = LoraConfig(
         r=config.rank,
         lora_alpha=alpha,
         use_rslora=config.use_rslora,
         lora_dropout=config.lora_dropout,
-        target_modules=minimal_target_names(set(plans), model),
+        target_modules=minimal_target_names({n for n, p in plans.items() if not p.experts}, model),
+        target_parameters=minimal_target_parameters(plans.values(), model) if has_experts else None,
         rank_pattern=ranks,
         alpha_pattern=dict(ranks) if config.lora_alpha is None else {},
         task_type=task_type(type(model).__name__),
         base_model_name_or_path=base,
         inference_mode=True,
     )
+    _check_targets(lora, model, (name for name, plan in plans.items() if not plan.experts))
+    return lora
+
+
+def _check_targets(lora: LoraConfig, model: nn.Module, linear: Iterable[str]) -> None:
+    """Refuse linear layers whose names PEFT takes for the experts of an older version of the architecture."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    read = copy.deepcopy(lora)
+    convert_peft_config_for_transformers(read, model, None)
+    taken = set(lora.target_modules or ()) - set(read.target_modules or ())
+    layers = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in taken)]
+    if layers:
+        ends = tuple(sorted({".".join(name.split(".")[-2:]) for name in layers}))
+        raise ConfigError(
+            f"PEFT takes {layers[0]} (and {len(layers) - 1} more linear layers) of a {type(model).__name__} for experts and "
+            f"gives it no adapter, expected other names; leave them in full precision with exclude_modules={ends!r}"
+        )
 
 
 def task_type(class_name: str) -> str | None:
@@ -114,6 +163,7 @@ def amend_adapter_config(directory: Path, model: nn.Module, backbone_sha256: str
             "parent_library": type(model).__module__,
             BACKBONE_KEY: backbone_sha256,
         }
-    if isinstance(values["target_modules"], list):  # PEFT keeps them in a set, whose order changes from run to run
-        values["target_modules"] = sorted(values["target_modules"])
+    for name in ("target_modules", "target_parameters"):  # PEFT keeps them in sets, whose order changes from run to run
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ packed ``weight`` has another shape than the dense one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.config import QuantSpec
 from loftq.errors import SourceError
-from loftq.modules import PackedWeight, QuantEmbedding, QuantLinear
+from loftq.modules import PackedModule, PackedWeight, QuantEmbedding, QuantExperts, QuantLinear
+from loftq.modules.experts import fused_experts, is_fused_experts
 from loftq.modules.linear import is_transposed
 
 FORMAT_VERSION = 1
@@ -77,14 +79,10 @@ class LoftQHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         specs = self.quantization_config.module_specs()
-        modules = dict(model.named_modules())
-        replaced = 0
-        for recorded, spec in specs.items():
-            name = find_name(recorded, modules, getattr(model, "base_model_prefix", ""))
-            if name is not None:
-                replace_module(model, name, packed_like(modules[name], spec))
-                replaced += 1
-        if specs and not replaced:
+        names = {n for n, _ in model.named_modules()} | set(fused_experts(model))
+        found = {find_name(n, names, getattr(model, "base_model_prefix", "")): spec for n, spec in specs.items()}
+        place_packed(model, {name: spec for name, spec in found.items() if name is not None})
+        if specs and set(found) == {None}:
             raise SourceError(
                 f"none of the {len(specs)} packed modules ({next(iter(specs))}, ...) exists in {type(model).__name__}; "
                 f"load the folder with the class its config.json names"
@@ -93,6 +91,7 @@ class LoftQHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         present_for_dtype_checks(model)
+        save_experts_whole(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -129,6 +128,29 @@ def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
     return layer
 
 
+def place_packed(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
+    """Put empty packed layers on the meta device in place of dense ones, and of the modules that hold packed experts."""
+    experts: dict[str, dict[str, QuantSpec]] = {}
+    for name, spec in specs.items():
+        owner, _, leaf = name.rpartition(".")
+        if is_fused_experts(model.get_submodule(owner)):
+            experts.setdefault(owner, {})[leaf] = spec
+        else:
+            replace_module(model, name, packed_like(model.get_submodule(name), spec))
+    for owner, of_parameters in experts.items():
+        replace_module(model, owner, QuantExperts(model.get_submodule(owner), of_parameters))
+    if experts:
+        from loftq.hub.experts import register_with_peft
+
+        register_with_peft()
+
+
+def save_experts_whole(model: nn.Module) -> None:
+    """Keep transformers from taking packed experts apart when it saves the model, as it does with dense ones."""
+    if any(isinstance(module, QuantExperts) for module in model.modules()):
+        model._weight_conversions = []  # type: ignore[assignment]
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` where ``name`` is."""
     parent, _, child = name.rpartition(".")
@@ -148,7 +170,15 @@ def present_for_dtype_checks(model: nn.Module) -> None:
 
 def dequantize_modules(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every packed layer by a dense one, in place; what was a ``Conv1D`` until :func:`restore_conv1d`."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, PackedWeight)]:
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
+    if any(isinstance(m, QuantExperts) for _, m in packed):  # see save_experts_whole
+        for owner in model.modules():
+            owner.__dict__.pop("_weight_conversions", None)
+    for name, module in packed:
+        if isinstance(module, QuantExperts):
+            replace_module(model, name, module.to_dense(dtype or torch.float32))
+            continue
+        assert isinstance(module, PackedWeight)
         weight = module.dequantize(dtype or torch.float32)
         if isinstance(module, QuantEmbedding):
             dense: nn.Module = nn.Embedding.from_pretrained(weight, padding_idx=module.padding_idx)

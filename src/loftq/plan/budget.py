@@ -101,12 +101,13 @@ class Allocation:
 
 def stored_bytes(table: ErrorTable, name: str, choice: Choice) -> int:
     """Bytes of a module's codes, scales and codebook."""
-    return sum(info.nbytes for info in storage_layout(table.spec(choice), table.modules[name].shape).values())
+    entry = table.modules[name]
+    return sum(info.nbytes for info in storage_layout(table.spec(choice), entry.shape, entry.experts).values())
 
 
 def adapter_parameters(entry: ModuleErrors, rank: int) -> int:
-    """Elements of A (r, in) and B (out, r)."""
-    return rank * sum(entry.shape)
+    """Elements of A (r, in) and B (out, r), of every expert's."""
+    return max(1, entry.experts) * rank * sum(entry.shape)
 
 
 def best_weighting(table: ErrorTable) -> str:

@@ -22,21 +22,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import Source, open_source, sha256_file
 from loftq.config import LoftQConfig, QuantSpec
 from loftq.errors import ConfigError, SourceError
 from loftq.parallel import run_side_by_side
 from loftq.plan.file import QUANTIZER, Choice, read_rows, write_rows
+from loftq.plan.measure import ModuleErrors, measure_module
 from loftq.plan.targets import ModulePlan, layer_positions, plan_modules
 from loftq.report.progress import bar
 from loftq.report.system import versions
-from loftq.solver.importance import InputStatistics
-from loftq.solver.methods import METHODS
-from loftq.units import decompose_module, make_units
+from loftq.units import Known, largest_factor, make_units
 
 if TYPE_CHECKING:
     from loftq.calibrate.choose import Inputs
@@ -45,32 +42,6 @@ if TYPE_CHECKING:
 FORMAT = "loftq-errors"
 VERSION = 1
 _SAVE_SECONDS = 2.0  # an interruption loses no more than this, and saving a large table does not hold up the work
-
-
-@dataclass(frozen=True)
-class ModuleErrors:
-    """One module's entry in the table.
-
-    Attributes:
-        kind, shape: as in :class:`loftq.plan.targets.ModulePlan`.
-        layer: position of its layer in the model, ``None`` outside the layers.
-        norm: |R W P|_F, the unit of ``objectives``, with the mean diagonals of H_λ and G_γ normalised to 1.
-        power: tr(H) / in, which the normalisation took out, and tr(G) / out where gradients count: ``(objective * norm)²
-            * power`` is the expected squared error of the layer's output, or with gradients what it does to the model's
-            loss, E(gᵀ ΔW x)². ``None`` where no input was seen.
-        objectives: choice -> relative objective.
-    """
-
-    kind: str
-    shape: tuple[int, int]
-    layer: int | None
-    norm: float
-    power: float | None
-    objectives: dict[Choice, float] = field(default_factory=dict)
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
 
 
 @dataclass
@@ -175,7 +146,8 @@ def measure_errors(
     model = meta_model(source.config())
     plans = plan_modules(model, config)
     layers = layer_positions([name for name, _ in model.named_modules()])
-    tensors = {unit.name: unit.source_name for unit in make_units(source, model, plans) if unit.plan is not None}
+    parameters = Parameters(source, model)
+    units = {unit.name: unit for unit in make_units(source, model, plans, parameters) if unit.plan is not None}
     config = config.replace(method=inputs.method if inputs is not None else config.method or "loftq")
     settings = {
         "sha256": dict(hashes or {file.name: sha256_file(file) for file in source.files}),
@@ -187,7 +159,7 @@ def measure_errors(
     table = ErrorTable(known, settings, str(source.path), versions())
     missing = {n: [c for c in choices if n not in known or c not in known[n].objectives] for n in plans}
     todo = [name for name in plans if missing[name]]
-    work = {name: plans[name].shape[0] * plans[name].shape[1] * len(missing[name]) for name in todo}
+    work = {name: plans[name].numel * len(missing[name]) for name in todo}
     saved = time.monotonic()
     try:
         with (
@@ -197,9 +169,10 @@ def measure_errors(
 
             def jobs() -> Iterator[tuple[tuple[str, int], Callable[[], ModuleErrors]]]:
                 for name, statistics in found:
-                    weight = source.read(tensors[name])
-                    size = max(weight.numel(), 0 if statistics is None else statistics.factored)
-                    yield (name, size), partial(_measure, weight, plans[name], missing[name], config, statistics)
+                    matrices = units[name].matrices(source, parameters)
+                    size = max(plans[name].numel, largest_factor(statistics))
+                    job = partial(measure_module, matrices, plans[name], missing[name], config, statistics)
+                    yield (name, size), job
 
             for (name, _), (entry, _) in run_side_by_side(jobs(), lambda key: key[1]):
                 before = known[name].objectives if name in known else {}
@@ -245,75 +218,22 @@ def _maybe_bar(show: bool, total: int) -> Iterator[Callable[[str, int], None]]:
 @contextmanager
 def _statistics(
     inputs: Inputs | None, plans: Mapping[str, ModulePlan], todo: list[str]
-) -> Iterator[Iterator[tuple[str, InputStatistics | None]]]:
+) -> Iterator[Iterator[tuple[str, Known]]]:
     """(module, statistics of its inputs) for every module to do, in the order in which they become known."""
     if inputs is None:
         yield ((name, None) for name in todo)
         return
     covered = set(inputs.targets)
-    rest = [(name, inputs.unseen(plans[name])) for name in todo if name not in covered]
+    rest: list[tuple[str, Known]] = [(name, inputs.unseen(plans[name])) for name in todo if name not in covered]
     with inputs.open(any(name in covered for name in todo)) as groups:
-        given = ((n, g.statistics()) for g in groups if not set(todo).isdisjoint(g.names) for n in g.names if n in todo)
+        given = (
+            (n, g.experts or g.statistics())
+            for g in groups
+            if not set(todo).isdisjoint(g.names)
+            for n in g.names
+            if n in todo
+        )
         yield itertools.chain(rest, given)
-
-
-def _measure(
-    weight: Tensor, plan: ModulePlan, choices: list[Choice], config: LoftQConfig, statistics: InputStatistics | None
-) -> ModuleErrors:
-    objectives: dict[Choice, float] = {}
-    by_storage: dict[tuple[int, int], list[Choice]] = {}
-    for choice in choices:
-        by_storage.setdefault((choice.bits, choice.block_size), []).append(choice)
-    norm, power = _unit(weight.T if plan.kind == "conv1d" else weight, plan.kind, config, statistics)
-    # With one step of the published order Q does not depend on the rank, and the singular values of the largest rank's L
-    # give the error at every smaller one.
-    shared = config.method == "loftq" and config.num_iter == 1
-    for group in by_storage.values():
-        largest = max(group)
-        for choice in [largest] if shared else group:
-            spec = plan.spec.replace(bits=choice.bits, block_size=choice.block_size)
-            module = dataclasses.replace(plan, spec=spec, rank=choice.rank)
-            result = decompose_module(weight, module, config, statistics)
-            objectives[choice] = result.objective
-        if shared and len(group) > 1:
-            removed = _removed_energy(result.lora_A, result.lora_B, result.scaling) / (norm or 1.0) ** 2
-            for choice in group:
-                left = result.errors[0] ** 2 - float(removed[: choice.rank].sum())
-                # what rounding leaves at nearly full rank must not make a smaller rank look better than the largest
-                objectives[choice] = math.sqrt(max(left, result.objective**2))
-    return ModuleErrors(plan.kind, plan.shape, None, norm, power, objectives)
-
-
-def _removed_energy(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """(r,) float64 squared singular values of scaling * B A, whose factors are orthogonal."""
-    rows = torch.linalg.vector_norm(lora_A.double(), dim=1) * torch.linalg.vector_norm(lora_B.double(), dim=0)
-    return (scaling * rows).square()
-
-
-def _unit(
-    weight: Tensor, kind: str, config: LoftQConfig, statistics: InputStatistics | None
-) -> tuple[float, float | None]:
-    """|R W P|, and what a squared unit of it is worth in squared output error."""
-    weight = weight.float()
-    if kind == "embedding":  # one row a token
-        return _norm(weight), 1 / weight.shape[0]
-    if statistics is None or not statistics.informative:
-        return _norm(weight), None
-    assert config.method is not None
-    method = METHODS[config.method]
-    power = float(statistics.diagonal.double().mean())
-    if method.metric == "none":
-        return _norm(weight), power
-    damping = method.damping if config.damping is None else config.damping
-    metric = statistics.metric(method.metric, damping, method.row_damping, method.guidance)
-    if metric.row_factor is not None:
-        assert statistics.output_moment is not None
-        power *= float(statistics.output_moment.diagonal().double().mean())
-    return _norm(metric.whiten(weight)), power
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def measure_checkpoint(

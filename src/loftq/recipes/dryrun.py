@@ -54,13 +54,13 @@ def module_summary(model: str, config: LoftQConfig) -> ModuleSummary | None:
     bits: dict[int, int] = {}
     for plan in plans:
         bits[plan.spec.bits] = bits.get(plan.spec.bits, 0) + 1
-    sizes = [plan.shape[0] * plan.shape[1] for plan in plans]
+    sizes = [plan.numel for plan in plans]
     return ModuleSummary(
         modules=len(plans),
         weights=sum(sizes),
         bits=bits,
         code_bits=sum(size * plan.spec.bits for size, plan in zip(sizes, plans, strict=True)) / sum(sizes),
-        adapter_parameters=sum(plan.rank * sum(plan.shape) for plan in plans),
+        adapter_parameters=sum(plan.rank * sum(plan.shape) * max(1, plan.experts) for plan in plans),
         other_weights=sum(p.numel() for p in built.parameters()) - sum(sizes),
     )
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from loftq import kernels
 from loftq.codec.qtensor import packed_codes, stored_levels, stored_scale
-from loftq.modules import PackedWeight, QuantEmbedding
+from loftq.hub.adapter import split_experts
+from loftq.modules import PackedWeight, QuantEmbedding, QuantExperts
+from loftq.modules.experts import ExpertFactors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -173,7 +175,47 @@ class AdaptedEmbedding(nn.Module):
         return rows + (inner @ self.lora_B.T * self.scaling).to(rows.dtype)
 
 
-Adapted = AdaptedLinear | AdaptedEmbedding
+class AdaptedExperts(nn.Module):
+    """The adapter of a parameter with packed experts, to be tuned; A (r · E, in) and B (out, r · E) as PEFT keeps them."""
+
+    experts: QuantExperts
+
+    def __init__(self, experts: QuantExperts, parameter: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.__dict__["experts"] = experts  # no child of this one: they are another module's
+        self.parameter = parameter
+        self.scaling = scaling
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+
+    def factors(self) -> ExpertFactors:
+        """A and B of each expert."""
+        return ExpertFactors(*split_experts(self.lora_A, self.lora_B, self.experts.num_experts), self.scaling)
+
+    def exact(self, expert: int) -> Tensor:
+        """Q + scaling · B A (out, in) of one expert in float32."""
+        lora_A, lora_B, scaling = self.factors()
+        return self.experts.dequantize(self.parameter, expert) + scaling * (lora_B[expert] @ lora_A[expert])
+
+
+class ExpertsWithAdapters(nn.Module):
+    """Packed experts whose adapters are tuned."""
+
+    def __init__(self, experts: QuantExperts, adapters: list[AdaptedExperts]) -> None:
+        super().__init__()
+        self.experts = experts
+        self.adapters = nn.ModuleList(adapters)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        for adapter in self.adapters:
+            assert isinstance(adapter, AdaptedExperts)
+            self.experts.adapters[adapter.parameter] = [adapter.factors()]
+        result: Tensor = self.experts(*args, **kwargs)
+        self.experts.adapters.clear()
+        return result
+
+
+Adapted = AdaptedLinear | AdaptedEmbedding | AdaptedExperts
 
 
 def adapted_model(
@@ -187,10 +229,20 @@ def adapted_model(
         dtype: of the products.
         dense: keep dense copies of the packed matrices.
     """
+    from peft.tuners.lora import LoraLayer
+
     base: Any = model.get_base_model()
     layers: dict[str, Adapted] = {}
     for name, module in list(base.named_modules()):
         packed = getattr(module, "base_layer", None)
+        if isinstance(packed, LoraLayer):  # an outer one of two wrappers around experts
+            packed = packed.get_base_layer()
+        if isinstance(packed, QuantExperts) and not name.endswith(".base_layer"):
+            new_experts, own = _adapted_experts(name, module, factors)
+            layers.update(own)
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, new_experts)
+            continue
         if not isinstance(packed, PackedWeight) or name not in factors:
             continue
         lora_A, lora_B = (t.clone() for t in factors[name])
@@ -203,3 +255,19 @@ def adapted_model(
         setattr(base.get_submodule(parent), child, new)
         layers[name] = new
     return base, layers
+
+
+def _adapted_experts(
+    name: str, wrapper: Any, factors: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[ExpertsWithAdapters, dict[str, Adapted]]:
+    """What takes the place of PEFT's wrappers around packed experts, and its adapters by the parameters' names."""
+    adapters: dict[str, AdaptedExperts] = {}
+    experts = wrapper.get_base_layer()
+    while hasattr(wrapper, "base_layer"):
+        parameter = wrapper.parameter_name
+        lora_A, lora_B = (t.clone() for t in factors[f"{name}.{parameter}"])
+        adapters[parameter] = AdaptedExperts(experts, parameter, lora_A, lora_B, float(wrapper.scaling["default"]))
+        wrapper = wrapper.base_layer
+    return ExpertsWithAdapters(experts, list(adapters.values())), {
+        f"{name}.{p}": adapter for p, adapter in adapters.items()
+    }

@@ -154,7 +154,7 @@ class _Refinement:
                 peak_memory_bytes=memory.peak(),
             )
             if changed:
-                errors = weight_errors(self.source, self.report, self.layers)
+                errors = weight_errors(self.source, self.folder, self.layers)
                 adapter, backbone = new_tensors(self.folder, self.layers)
             else:
                 errors, adapter, backbone = {}, {}, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.checkpoint.naming import meta_model, model_names
+from loftq.checkpoint.assembly import Parameters
+from loftq.checkpoint.naming import meta_model
 from loftq.checkpoint.source import SafetensorsSource, Source
-from loftq.codec.qtensor import TensorInfo
 from loftq.errors import ConfigError
-from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR
-from loftq.refine.layers import Adapted, AdaptedLinear, adapted_model
+from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, tensor_names
+from loftq.refine.layers import Adapted, AdaptedEmbedding, AdaptedExperts, AdaptedLinear, adapted_model
+from loftq.report.memory.training import folder_plans
 from loftq.report.record import QuantizationReport
 
 
@@ -30,10 +32,10 @@ def load_student(
     wrapped = load(folder, dtype=dtype).to(device)
     file = SafetensorsSource(folder / INIT_DIR, single=ADAPTER_WEIGHTS)
     factors = {}
-    for module in report.modules:
-        a, b = _adapter_names(module.name, file.tensors)
+    for name, plan in folder_plans(folder).items():
+        a, b = tensor_names(plan)
         if a in file.tensors and b in file.tensors:
-            factors[module.name] = (file.read(a).to(device), file.read(b).to(device))
+            factors[name] = (file.read(a).to(device), file.read(b).to(device))
     dense = sum(m.numel for m in report.modules) * dtype.itemsize <= free_bytes(device) // 2
     student, layers = adapted_model(wrapped, factors, dtype, dense)
     student.config.use_cache = False  # type: ignore[union-attr]
@@ -73,11 +75,11 @@ def output_layer(model: Any) -> nn.Module | None:
 
 def new_tensors(folder: Path, layers: Mapping[str, Adapted]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """New values of the adapter's and of the backbone's tensors, under their names in the files of ``folder``."""
-    file = SafetensorsSource(folder / INIT_DIR, single=ADAPTER_WEIGHTS)
+    plans = folder_plans(folder)
     adapter: dict[str, Tensor] = {}
     backbone: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        a, b = _adapter_names(name, file.tensors)
+        a, b = tensor_names(plans[name])
         adapter[a], adapter[b] = layer.lora_A.detach(), layer.lora_B.detach()
         if isinstance(layer, AdaptedLinear) and layer.factor is not None:
             backbone[f"{name}.weight_scale"] = layer.frozen.new_scale(layer.factor)
@@ -85,20 +87,25 @@ def new_tensors(folder: Path, layers: Mapping[str, Adapted]) -> tuple[dict[str, 
 
 
 @torch.no_grad()
-def weight_errors(source: Source, report: QuantizationReport, layers: Mapping[str, Adapted]) -> dict[str, float]:
-    """Module name -> |W − Q − scaling · B A| / |W| in the Frobenius norm, for linear layers."""
-    names = model_names(meta_model(source.config()), source.tensors)
-    source_names = {output: name for name, output in names.items()}
+def weight_errors(source: Source, folder: Path, layers: Mapping[str, Adapted]) -> dict[str, float]:
+    """Module name -> |W − Q − scaling · B A| / |W| in the Frobenius norm, for linear layers and experts."""
+    parameters = Parameters(source, meta_model(source.config()))
     errors = {}
-    for module in report.modules:
-        layer, source_name = layers.get(module.name), source_names.get(f"{module.name}.weight")
-        if source_name is None or not isinstance(layer, AdaptedLinear):
+    for name, plan in folder_plans(folder).items():
+        layer = layers.get(name)
+        if layer is None or isinstance(layer, AdaptedEmbedding) or not parameters.parts(plan.parameter):
             continue
-        weight = source.read(source_name).float()
-        approximation = layer.frozen.exact(layer.factor) + layer.scaling * (layer.lora_B @ layer.lora_A)
-        residual = (weight.T if module.kind == "conv1d" else weight) - approximation.cpu()
-        size = float(torch.linalg.vector_norm(weight))
-        errors[module.name] = float(torch.linalg.vector_norm(residual)) / size if size else 0.0
+        missed, size = 0.0, 0.0
+        for number, matrix in enumerate(plan.matrices()):
+            weight = parameters.read(plan.parameter, number if plan.experts else None, plan.experts).float()
+            if isinstance(layer, AdaptedExperts):
+                approximation = layer.exact(number)
+            else:
+                approximation = layer.frozen.exact(layer.factor) + layer.scaling * (layer.lora_B @ layer.lora_A)
+            residual = (weight.T if matrix.kind == "conv1d" else weight) - approximation.cpu()
+            missed = math.hypot(missed, float(torch.linalg.vector_norm(residual)))
+            size = math.hypot(size, float(torch.linalg.vector_norm(weight)))
+        errors[name] = missed / size if size else 0.0
     return errors
 
 
@@ -127,11 +134,3 @@ def free_bytes(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def _adapter_names(module: str, tensors: Mapping[str, TensorInfo]) -> tuple[str, str]:
-    """Names of A and B in the adapter's file."""
-    base = f"base_model.model.{module}"
-    if f"{base}.lora_embedding_A" in tensors:
-        return f"{base}.lora_embedding_A", f"{base}.lora_embedding_B"
-    return f"{base}.lora_A.weight", f"{base}.lora_B.weight"

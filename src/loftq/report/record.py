@@ -25,6 +25,9 @@ class ModuleRecord:
         method: what gave the result; for ``auto`` the candidate that won.
         objective: what the method minimised, relative: for data-aware methods the error of the layer's outputs.
         calibration_tokens: inputs of this layer that were seen; 0 where only the weight error counted.
+        experts: of a parameter with experts, what holds for each of them: error, quantization_error, best_iter, method,
+            objective, calibration_tokens. The fields above are then those of all their weights together, the commonest
+            step and method, and the most inputs. ``None`` for other modules.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ModuleRecord:
     method: str = ""
     objective: float | None = None
     calibration_tokens: int = 0
+    experts: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
         modules = values.pop("modules")
+        for module in modules:
+            if module["experts"] is None:
+                del module["experts"]
         return {"totals": self.totals(), **values, "modules": modules}
 
     @classmethod

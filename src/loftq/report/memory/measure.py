@@ -13,6 +13,7 @@ from loftq.checkpoint.source import SafetensorsSource
 from loftq.errors import SourceError, first_line
 from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR
 from loftq.hub.backbone import read_quantization_config
+from loftq.plan.targets import stored_plan
 from loftq.report.memory.footprint import Footprint, Part, split_embeddings
 from loftq.report.memory.predict import source_dtype
 
@@ -47,6 +48,8 @@ def measure_footprint(directory: str | Path) -> Footprint:
     Raises:
         SourceError: the folder is no quantized one, or a file is missing or damaged.
     """
+    from loftq.hub.quantizer import LoftQQuantizationConfig
+
     directory = Path(directory)
     modules: dict[str, Any] = read_quantization_config(directory).get("modules") or {}
     if not modules:
@@ -55,20 +58,18 @@ def measure_footprint(directory: str | Path) -> Footprint:
     model = meta_model(config)
     tensors = SafetensorsSource(directory).tensors
     adapters = SafetensorsSource(directory / INIT_DIR, single=ADAPTER_WEIGHTS).tensors
-    owner = {name: name.rpartition(".")[0] for name in tensors}
-    packed = {
-        n: t for n, t in tensors.items() if owner[n] in modules and n.removeprefix(owner[n]).startswith(".weight")
-    }
-    unpacked = {n: t for n, t in tensors.items() if n not in packed}
-    weights = 0
-    for name in modules:
+    plans = []
+    for name, spec in LoftQQuantizationConfig(**read_quantization_config(directory)).module_specs().items():
         try:
-            module = model.get_submodule(name)
+            plans.append(stored_plan(model, name, spec))
         except AttributeError:
             raise SourceError(
                 f"{directory} lists the packed module {name}, which {type(model).__name__} does not have; quantize again"
             ) from None
-        weights += module.weight.numel()
+    weights = sum(plan.numel for plan in plans)
+    stored = {name for plan in plans for name in plan.storage()}
+    packed = {n: t for n, t in tensors.items() if n in stored}
+    unpacked = {n: t for n, t in tensors.items() if n not in packed}
     sizes: Counter[torch.dtype] = Counter()
     for info in unpacked.values():
         if info.dtype.is_floating_point:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loftq.checkpoint.naming import meta_model
-from loftq.codec.qtensor import TensorInfo, storage_layout
+from loftq.codec.qtensor import TensorInfo
 from loftq.config import LoftQConfig, one_of
 from loftq.hub.adapter import tensor_layout
 from loftq.plan.targets import plan_modules
@@ -55,12 +55,12 @@ def predict_footprint(
     stored = source_dtype(config, dtype)
     factors = FLOATS[one_of("adapter_dtype", adapter_dtype, FLOATS)]
     plans = plan_modules(model, settings).values()
-    packed = [info for plan in plans for info in storage_layout(plan.spec, plan.shape).values()]
+    packed = [info for plan in plans for info in plan.storage().values()]
     adapters = [info.shape for plan in plans for info in tensor_layout(plan).values()]
-    weights = sum(plan.shape[0] * plan.shape[1] for plan in plans)
+    weights = sum(plan.numel for plan in plans)
     unpacked = _state_layout(model, stored)
     for plan in plans:
-        del unpacked[f"{plan.name}.weight"]
+        del unpacked[plan.parameter]
     embeddings, rest = split_embeddings(unpacked, model)
     return Footprint(
         backbone=Part(weights, sum(info.nbytes for info in packed)),

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
-from loftq.modules import PackedWeight, ops
+from loftq.modules import PackedModule, QuantExperts, ops
 from loftq.modules.ops import plain_scales
 
 # transformers' own product of softmax(Q Kᵀ) V in torch, under a name for which it builds no mask: whether a mask can be
@@ -123,7 +123,12 @@ def simulate_step(
         _without_mask(base)
     was_disabled, fake_log.disabled = fake_log.disabled, True  # it prints the traceback of an operation that fails
     try:
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _dropout_of(device):
+        with (
+            warnings.catch_warnings(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _dropout_of(device),
+            _even_routing(),
+        ):
             warnings.simplefilter("ignore")
             if checkpointing:
                 base.config.use_cache = False
@@ -174,6 +179,25 @@ def _dropout_of(device: str) -> Iterator[None]:
         nn.functional.dropout = original
 
 
+@contextmanager
+def _even_routing() -> Iterator[None]:
+    """Packed experts get equally many tokens each, since no values say which."""
+    original = QuantExperts.routed
+
+    def evenly(self: QuantExperts, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        tokens, places = top_k_index.shape
+        for expert in range(self.num_experts):
+            count = (expert + 1) * tokens * places // self.num_experts - expert * tokens * places // self.num_experts
+            if count:
+                yield expert, top_k_index.new_zeros(count), top_k_index.new_zeros(count)
+
+    QuantExperts.routed = evenly  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        QuantExperts.routed = original  # type: ignore[method-assign]
+
+
 def _without_mask(model: nn.Module) -> None:
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -208,6 +232,11 @@ def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
 def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> int:
     """The memory that packed layers share on the CPU: the largest tile in ``dtype``, that of the products; see
     :mod:`loftq.modules.ops`."""
-    layers = [m for m in model.modules() if isinstance(m, PackedWeight) and isinstance(m, nn.Linear)]
-    largest = max((ops.workspace_bytes(m.matrix_shape, m.spec.block_size, dtype) for m in layers), default=0)
+    shapes = [
+        (shape, spec.block_size)
+        for module in model.modules()
+        if isinstance(module, PackedModule) and not isinstance(module, nn.Embedding)
+        for shape, spec in module.packed_matrices
+    ]
+    largest = max((ops.workspace_bytes(*each, dtype) for each in shapes), default=0)
     return largest if device == "cpu" else 0

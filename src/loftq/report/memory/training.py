@@ -47,7 +47,7 @@ from loftq.config import LoftQConfig, is_bool, one_of, positive_int
 from loftq.errors import ConfigError, LoftQError, first_line
 from loftq.finetune.adapter import head_names
 from loftq.hub.adapter import lora_config
-from loftq.plan.targets import ModulePlan, plan_modules
+from loftq.plan.targets import ModulePlan, plan_modules, report_plans
 from loftq.report.memory.predict import FLOATS, source_dtype
 from loftq.report.memory.simulate import simulate_step, workspace_bytes
 from loftq.report.record import QuantizationReport
@@ -216,7 +216,7 @@ def folder_plans(directory: str | Path) -> dict[str, ModulePlan]:
 
     report = QuantizationReport.load(Path(directory))
     specs = LoftQQuantizationConfig(**read_quantization_config(Path(directory))).module_specs()
-    return {m.name: ModulePlan(m.name, m.kind, (m.shape[0], m.shape[1]), specs[m.name], m.rank) for m in report.modules}
+    return report_plans(report, specs)
 
 
 def _build(*args: Any) -> nn.Module:
@@ -241,7 +241,7 @@ def build_model(
     """The model to train, on the meta device; arguments as for :func:`predict_training`."""
     from peft import get_peft_model
 
-    from loftq.hub.quantizer import packed_like, present_for_dtype_checks, replace_module
+    from loftq.hub.quantizer import place_packed, present_for_dtype_checks
 
     config = copy.deepcopy(config)
     if setup.attention is not None:
@@ -252,8 +252,7 @@ def build_model(
     model.to(source_dtype(config, setup.dtype))
     plans = plan_modules(model, settings) if plans is None else plans
     if setup.method == "loftq":
-        for name, plan in plans.items():
-            replace_module(model, name, packed_like(model.get_submodule(name), plan.spec))
+        place_packed(model, {name: plan.spec for name, plan in plans.items()})
         present_for_dtype_checks(model)
     lora = lora_config(plans, model, settings)
     lora.inference_mode = False
