@@ -237,9 +237,7 @@ def descend_coupled(
     """On the CPU: every code waits for the one before, in all rows, which leaves a GPU nothing to do side by side."""
     changed = [scale.cpu(), codes.cpu(), dense.cpu()]
     points = None if zero is None else zero.cpu()
-    error, hessian, coupling, codebook, thresholds = (
-        t.cpu() for t in (error, hessian, coupling, codebook, thresholds)
-    )
+    error, hessian, coupling, codebook, thresholds = (t.cpu() for t in (error, hessian, coupling, codebook, thresholds))
     constants = (points, codebook, thresholds, block_size)
     cpu.descend_coupled(error, hessian, coupling, changed[0], *constants, changed[1], changed[2], refit)
     for target, result in zip((scale, codes, dense), changed, strict=True):
