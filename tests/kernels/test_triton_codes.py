@@ -113,15 +113,12 @@ def test_a_sum_in_parts_gives_the_same_bits_twice():
 def test_memory_that_starts_anywhere():
     """A slice of packed bytes, and of levels, that starts where no whole unit does."""
     operands, dense = packed_matrix(4, 64, 32, 4, False)
-    packed, levels = operands[0], operands[2]
-    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape).copy_(packed)
-    moved = torch.empty(levels.numel() + 1)[1:].copy_(levels)
+    packed, scale, levels, *rest = (t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in operands)
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(packed.shape).copy_(packed)
+    apart = torch.empty(levels.numel() + 1, device=DEVICE)[1:].copy_(levels)
     with kernels._only("triton_kernels"):
-        rest = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in operands[3:]]
-        straight = (packed.to(DEVICE), operands[1].to(DEVICE), levels.to(DEVICE))
-        odd = (shifted, operands[1], moved) if DEVICE == "cpu" else straight
-        found = kernels.dequantize(*odd, *rest, 64).cpu()
-    assert torch.equal(found.double(), dense)
+        found = kernels.dequantize(shifted, scale, apart, *rest, 64)
+    assert torch.equal(found.cpu().double(), dense)
 
 
 def test_no_rows_and_no_tokens():

@@ -17,7 +17,7 @@ _TILES = [
 ]
 
 
-@tuned(_TILES, ["rows", "n"])
+@tuned(_TILES, ["rows", "n", "BITS"])
 @triton.jit
 def _dequantize(
     units,
