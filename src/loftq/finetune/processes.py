@@ -152,15 +152,17 @@ def prepare_spreading() -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ConfigError(f"fsdp_version is {version}, expected 2; set it in the file of `accelerate config`")
-    # the packed weights are buffers, which the main process could not hand to the others
+    # scales and codebooks are buffers, which the main process could not hand to the others
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # checkpoints that can be checked and, for a device's own backend, one that can gather them; read when processes connect
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
 
 
 def spread_here(accelerator: Any, model: nn.Module) -> None:
     """Make sure that FSDP is used where it is asked for, and for packed weights as well.
 
-    Accelerate leaves FSDP out on CPUs without a word. Checkpoints hold whole weights. Adapters are gathered as float32:
-    products run under autocast, as with one process.
+    Accelerate leaves FSDP out on CPUs without a word. Adapters are gathered as float32: products run under autocast, as with
+    one process.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
@@ -169,7 +171,6 @@ def spread_here(accelerator: Any, model: nn.Module) -> None:
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     state.fsdp_plugin.mixed_precision_policy = None
     for module in model.modules():
         if isinstance(module, PackedWeight):
