@@ -37,13 +37,22 @@ def is_main() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def connect() -> None:
-    """Find the other processes, where there are any; the Trainer would, but only after what they have to agree on."""
-    if count() > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
+@contextmanager
+def connected() -> Iterator[None]:
+    """Find the other processes, where there are any; the Trainer would, but only after what they have to agree on.
 
-        prepare_spreading()
-        PartialState(cpu=not torch.cuda.is_available())
+    After a mistake or an interrupt nobody is waited for, since others may have ended.
+    """
+    if count() == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    prepare_spreading()
+    PartialState(cpu=not torch.cuda.is_available())
+    yield
+    wait()
+    torch.distributed.destroy_process_group()  # its threads may keep a process from ending
 
 
 def agreed(value: Value) -> Value:
