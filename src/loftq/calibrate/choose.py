@@ -39,14 +39,13 @@ class Inputs:
         method: the solver's method, now that it is known whether there are statistics.
         targets: layers, and parameters with experts, that are decomposed when the forward pass (or the saved statistics)
             reaches them.
-        experts: of the targets those with experts, and how many.
         summary: what the report says of the calibration, ``None`` if there is none.
         propagate: whether layers see the quantized ones before them.
+        experts: of the targets those with experts, and how many.
     """
 
     method: str
     targets: tuple[str, ...] = ()
-    experts: Mapping[str, int] = field(default_factory=dict)
     summary: dict[str, Any] | None = None
     propagate: bool = False
     statistics: Statistics | None = None
@@ -55,6 +54,7 @@ class Inputs:
     gradients: int = 0
     fisher: bool = False
     seed: int = 0
+    experts: Mapping[str, int] = field(default_factory=dict)
     _forward: StreamedForward | None = field(default=None, init=False)
 
     @contextmanager
@@ -140,13 +140,9 @@ def calibrated(
         covered = tuple(n for n in linear if all(part.name in statistics for part in plans[n].matrices()))
         if not covered:
             raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
-        return Inputs(
-            config.method or default_method(config.bits, True),
-            covered,
-            {name: count for name, count in experts.items() if name in covered},
-            dict(statistics.summary),
-            statistics=statistics,
-        )
+        known = {name: count for name, count in experts.items() if name in covered}
+        method = config.method or default_method(config.bits, True)
+        return Inputs(method, covered, dict(statistics.summary), statistics=statistics, experts=known)
     name = config.calibration
     if name == "auto":
         name = BUILTIN if _is_causal(model) and (tokenizer := _tokenizer(source)) is not None else None
@@ -197,7 +193,6 @@ def calibrated(
     return Inputs(
         method,
         linear,
-        experts,
         summary,
         config.propagate,
         source=source,
@@ -205,6 +200,7 @@ def calibrated(
         gradients=gradients,
         fisher=METHODS[method].needs_gradients,
         seed=config.seed,
+        experts=experts,
     )
 
 
