@@ -125,6 +125,64 @@ def test_statistics_of_a_file(two_workers, workdir):
     assert differences(*runs) == []
 
 
+def mixture(folder: Path, by_expert: bool) -> Path:
+    """A random Mixtral with a tokenizer, whose experts are in a tensor each or in whole parameters."""
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        vocab_size=len(letters()),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    tf.MixtralForCausalLM(config).save_pretrained(folder / "source", save_original_format=by_expert)
+    letters().save_pretrained(folder / "source")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "source"
+
+
+@pytest.mark.parametrize(
+    ("by_expert", "changes"),
+    [
+        (True, {"calibration": None}),
+        (False, {"calibration": None}),
+        (True, {}),
+        (True, {"calibration_samples": 1, "calibration_length": 8}),
+    ],
+    ids=["a tensor each", "whole", "calibrated", "few tokens, so that experts share statistics"],
+)
+def test_same_bytes_of_experts(two_workers, workdir, by_expert, changes):
+    mixture(workdir, by_expert)
+    config = calibrated(**changes)
+    assert differences(quantized(config, "ray"), quantized(config, "local")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", [5_000, 30_000], ids=["every expert is large", "all together are large, each is small"])
+def test_same_bytes_of_large_experts(two_workers, workdir, monkeypatch, small):
+    monkeypatch.setattr(threads, "SMALL", small)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        mixture(workdir, by_expert=True)
+        local = quantized(calibrated(), "local")
+        assert differences(quantized(calibrated(), "ray"), local) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_experts_that_share_statistics_go_to_a_worker_once():
+    few, many = (InputStatistics(torch.rand(4, 4), torch.rand(4), tokens=n) for n in (3, 9))
+    packed = worker.pack_experts([many, few, few])
+    assert packed.which == [0, 1, 1] and [each["tokens"] for each in packed.distinct] == [9, 3]
+    for given, each in zip((many, few), packed.distinct, strict=True):
+        torch.testing.assert_close(worker.unpack_statistics(each).second_moment, given.second_moment, rtol=0, atol=0)
+
+
 def busy_workers() -> list[psutil.Process]:
     """Processes that compute one of our tasks, which Ray puts into their title."""
     found = []
