@@ -162,7 +162,9 @@ def test_same_bytes_of_experts(two_workers, workdir, by_expert, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small", [5_000, 30_000], ids=["every expert is large", "all together are large, each is small"])
+@pytest.mark.parametrize(
+    "small", [5_000, 30_000], ids=["every expert is large", "all together are large, each is small"]
+)
 def test_same_bytes_of_large_experts(two_workers, workdir, monkeypatch, small):
     monkeypatch.setattr(threads, "SMALL", small)
     before = torch.get_num_threads()
@@ -178,7 +180,8 @@ def test_same_bytes_of_large_experts(two_workers, workdir, monkeypatch, small):
 def test_experts_that_share_statistics_go_to_a_worker_once():
     few, many = (InputStatistics(torch.rand(4, 4), torch.rand(4), tokens=n) for n in (3, 9))
     packed = worker.pack_experts([many, few, few])
-    assert packed.which == [0, 1, 1] and [each["tokens"] for each in packed.distinct] == [9, 3]
+    assert packed.which == [0, 1, 1]
+    assert [each["tokens"] for each in packed.distinct] == [9, 3]
     for given, each in zip((many, few), packed.distinct, strict=True):
         torch.testing.assert_close(worker.unpack_statistics(each).second_moment, given.second_moment, rtol=0, atol=0)
 
