@@ -277,12 +277,14 @@ def test_a_bad_weight_is_the_same_sentence(two_workers, workdir):
 
 
 def task_for(folder: Path, **changes) -> worker.Task:
+    from loftq.checkpoint.assembly import Parameters
     from loftq.checkpoint.naming import meta_model
     from loftq.plan.targets import plan_modules
 
     source = open_source(folder)
     model = meta_model(source.config())
-    unit = next(u for u in units.make_units(source, model, plan_modules(model, WEIGHTS)) if u.plan is not None)
+    plans = plan_modules(model, WEIGHTS)
+    unit = next(u for u in units.make_units(source, model, plans, Parameters(source, model)) if u.plan is not None)
     values = {"unit": unit, "origin": worker.Origin.of(source), "config": WEIGHTS, "threads": 1, "shared": None}
     return worker.Task(**{**values, "of_layer": {}, "stack": worker.Stack.here(), **changes})
 
