@@ -26,3 +26,10 @@ def test_every_kernel_compiles(target, tmp_path):
     assert {"_vector", "_matrix", "_transposed", "_dequantize", "_search_scale", "_feedback", "_descend"} <= set(
         compiled
     )
+
+
+def test_the_cpu_needs_no_triton():
+    program = "import sys, torch; from loftq import kernels; kernels.pack(torch.zeros(2, 8, dtype=torch.uint8), 4)"
+    check = "; assert not [m for m in sys.modules if 'triton' in m and not m.startswith('torch')]"
+    done = subprocess.run([sys.executable, "-c", program + check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

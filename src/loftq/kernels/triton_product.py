@@ -43,11 +43,13 @@ _MATRIX = [
         (32, 128, 4, 3),
         (16, 256, 4, 2),
         (64, 64, 4, 3),
+        (32, 64, 4, 1),
+        (16, 128, 2, 1),
     )
 ]
 _TRANSPOSED = [
     triton.Config({"ROWS": rows, "K": k}, num_warps=warps, num_stages=stages)
-    for rows, k, warps, stages in ((16, 128, 4, 2), (32, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 2))
+    for rows, k, warps, stages in ((16, 128, 4, 2), (32, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 2), (32, 128, 4, 1))
 ]
 
 
