@@ -13,6 +13,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+# Before triton is imported, which transformers does: without a GPU its kernels run in Python, for tests/kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from safetensors import safe_open
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,20 +201,25 @@ def test_a_worker_killed_in_the_middle(two_workers, workdir):
     decoder(workdir, layers=3, hidden=192)
     config = calibrated(calibration=None, num_iter=8, svd="exact")
     expected = quantized(config, "local")
-    killed = []
+    begun, ended, killed = threading.Event(), threading.Event(), []
 
-    def progress(name: str, weights: int) -> None:
-        if "proj" in name and not killed:  # tasks are under way
-            stop = time.monotonic() + 20
-            while not killed and time.monotonic() < stop:
-                for process in busy_workers()[:1]:
-                    process.kill()
-                    process.wait(10)
-                    killed.append(process.pid)
-        assert killed or "proj" not in name, "no worker was busy"
+    def kill_one() -> None:
+        begun.wait()
+        while not killed and not ended.is_set():
+            for process in busy_workers()[:1]:
+                process.kill()
+                killed.append(process.pid)
 
-    assert differences(quantized(config, "ray", progress=progress), expected) == []
-    assert len(killed) == 1
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        found = quantized(config, "ray", progress=lambda name, weights: "proj" in name and begun.set())
+    finally:
+        begun.set()
+        ended.set()
+        killer.join()
+    assert len(killed) == 1, "no worker was busy"
+    assert differences(found, expected) == []
 
 
 def kill_this_process(*args) -> None:
@@ -271,12 +277,14 @@ def test_a_bad_weight_is_the_same_sentence(two_workers, workdir):
 
 
 def task_for(folder: Path, **changes) -> worker.Task:
+    from loftq.checkpoint.assembly import Parameters
     from loftq.checkpoint.naming import meta_model
     from loftq.plan.targets import plan_modules
 
     source = open_source(folder)
     model = meta_model(source.config())
-    unit = next(u for u in units.make_units(source, model, plan_modules(model, WEIGHTS)) if u.plan is not None)
+    plans = plan_modules(model, WEIGHTS)
+    unit = next(u for u in units.make_units(source, model, plans, Parameters(source, model)) if u.plan is not None)
     values = {"unit": unit, "origin": worker.Origin.of(source), "config": WEIGHTS, "threads": 1, "shared": None}
     return worker.Task(**{**values, "of_layer": {}, "stack": worker.Stack.here(), **changes})
 

@@ -57,7 +57,6 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 def curves(name: str, record: dict[str, Any]) -> Path:
     """Training loss against the step, a panel for each width; the band spans the seeds."""
     import matplotlib.pyplot as plt
-    from matplotlib import ticker
 
     bits = widths(record["rows"])
     figure, panels = plt.subplots(1, len(bits), figsize=(3.4 * len(bits) + 0.6, 3.6), sharey=False, squeeze=False)
@@ -77,15 +76,27 @@ def curves(name: str, record: dict[str, Any]) -> Path:
         panel.set_title(f"{width:g} bits")
         panel.set_xlabel("step")
         panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
-        panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
+        plain_numbers(panel)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("training loss, nats")
     figure.suptitle(record["title"])
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    found: dict[str, Any] = {}
+    for panel in panels[0]:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="lower center", ncols=len(found), frameon=False)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     return saved(figure, name, "curves")
+
+
+def plain_numbers(panel: Any) -> None:
+    """Numbers, not powers of ten, along a logarithmic axis that spans less than one or two of them."""
+    from matplotlib import ticker
+
+    low, high = panel.get_ylim()
+    if high < 100 * low:
+        panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
 
 
 def ends(name: str, record: dict[str, Any], metric: str) -> Path:
@@ -108,6 +119,7 @@ def ends(name: str, record: dict[str, Any], metric: str) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
         if metric == "perplexity":
             panel.set_yscale("log")
+            plain_numbers(panel)
     panels[0][0].set_ylabel(f"{METRICS[metric]}: hollow before, filled after")
     figure.suptitle(record["title"])
     figure.tight_layout()

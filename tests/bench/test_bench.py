@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -31,9 +32,11 @@ def measured() -> list[Case]:
 
 def test_candidates_take_turns():
     calls = []
-    found = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == ["a", "b"] * 4  # the first turn warms up
-    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3}
+    found = in_turns({name: partial(calls.append, name) for name in "abcd"}, 5)
+    turns = [calls[i : i + 4] for i in range(0, len(calls), 4)]  # the first one warms up
+    assert [sorted(turn) for turn in turns] == [list("abcd")] * 6
+    assert len(set(map(tuple, turns))) > 2, "every turn has an order of its own"
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys("abcd", 5)
     assert all(value > 0 for values in found.values() for value in values)
     calls.clear()
     assert len(in_turns({"a": lambda: calls.append("a")}, 2, warm_up=False)["a"]) == len(calls) == 2

@@ -77,7 +77,7 @@ DATA = {
 TRAINING = {
     "rate": (["--lr", "-1"], "learning_rate is -1.0, expected a positive number"),
     "seed": (["--seed", 2**33], "seed is 8589934592, expected less than 4294967296"),
-    "metrics": (["--eval-data", "a.jsonl", "--metrics", ","], "metrics names none, expected at least one"),
+    "metrics": (["--eval-data", "a.jsonl", "--metrics", ","], "--metrics is ',', which names nothing"),
     "length": (["--max-length", 10**30], "but the model has 128 positions; lower it to at most 128"),
     "texts": (
         ["--eval-data", "a.jsonl", "--metrics", "exact_match", "--max-new-tokens", 4000],
@@ -183,7 +183,7 @@ def test_predictions_are_refused_before_the_model_is_measured(llama, said, monke
 
 EVALUATIONS = {
     "dtype": (["--dtype", "int4"], "dtype is 'int4', expected one of auto, float32, bfloat16, float16"),
-    "metrics": (["--metrics", ""], "no metric is named, expected some of perplexity"),
+    "metrics": (["--metrics", ""], "--metrics is '', which names nothing"),
     "limit": (["--limit", "-1"], "limit is -1, expected an integer of at least 1"),
 }
 

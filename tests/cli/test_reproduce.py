@@ -110,7 +110,7 @@ MISTAKES = {
     "unknown": (["glue/mnli-nf2"], "no recipe is called 'glue/mnli-nf2'; did you mean"),
     "pattern": (["zz*", "--list"], "no recipe is called 'zz*'"),
     "seeds": (["glue/mnli-full", "--seeds", "one"], "--seeds is 'one', expected integers with commas"),
-    "no seeds": (["glue/mnli-full", "--seeds", ","], "seeds is empty"),
+    "no seeds": (["glue/mnli-full", "--seeds", ","], "--seeds is ',', expected integers"),
     "limit": (["glue/mnli-full", "--limit", "0"], "limit is 0"),
     "methods": (["glue/mnli-nf2-r16", "--methods", "loft"], "a method is 'loft'; did you mean loftq?"),
     "local": (["glue/mnli-full", "--local", "nowhere"], "nowhere is no folder"),

@@ -207,11 +207,13 @@ def test_fewer_examples_than_processes(monkeypatch):
 def test_the_first_fsdp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
     with pytest.raises(loftq.ConfigError, match="fsdp_version is 1, expected 2"):
         processes.prepare_spreading()
     monkeypatch.setenv("FSDP_VERSION", "2")
     processes.prepare_spreading()
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert os.environ["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
 
 
 def test_accumulated_means_are_averaged(bert, letters_a_or_b, tmp_path):

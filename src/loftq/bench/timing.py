@@ -1,12 +1,14 @@
 """Seconds of several candidates for the same work, taken in turns so that a noisy minute hits all of them alike.
 
-Every turn calls each candidate once. What the others have put into the caches is then no longer what a candidate needs,
-which is also how a layer of a model finds them.
+Every turn calls each candidate once, in an order of its own: threads of one library that go on spinning for a while after their
+work would otherwise slow down always the same candidate. What the others have put into the caches is no longer what a candidate
+needs, which is also how a layer of a model finds them.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,8 +35,11 @@ def in_turns(
     try:
         began = time.perf_counter()
         turns = 0
+        order = list(candidates.items())
+        chance = random.Random(0)
         while turns < repeats or (turns < _MOST_TURNS and time.perf_counter() - began < seconds):
-            for name, candidate in candidates.items():
+            chance.shuffle(order)
+            for name, candidate in order:
                 started = time.perf_counter()
                 candidate()
                 found[name].append(time.perf_counter() - started)

@@ -140,13 +140,9 @@ def calibrated(
         covered = tuple(n for n in linear if all(part.name in statistics for part in plans[n].matrices()))
         if not covered:
             raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
-        return Inputs(
-            config.method or default_method(config.bits, True),
-            covered,
-            dict(statistics.summary),
-            statistics=statistics,
-            experts={name: count for name, count in experts.items() if name in covered},
-        )
+        known = {name: count for name, count in experts.items() if name in covered}
+        method = config.method or default_method(config.bits, True)
+        return Inputs(method, covered, dict(statistics.summary), statistics=statistics, experts=known)
     name = config.calibration
     if name == "auto":
         name = BUILTIN if _is_causal(model) and (tokenizer := _tokenizer(source)) is not None else None

@@ -76,7 +76,7 @@ def main() -> None:
         app()
     except LoftQError as error:
         if int(os.environ.get("RANK") or 0) > 0:
-            time.sleep(5)  # the first of several processes says it for all, and the launcher then ends the others
+            time.sleep(30)  # the first of several processes says it for all, and the launcher then ends the others
         typer.echo(f"loftq: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:

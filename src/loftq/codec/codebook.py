@@ -123,9 +123,21 @@ def _dynamic_map() -> np.ndarray:
     return np.sort(np.array(levels)).astype(np.float32)
 
 
+_maps: dict[torch.device, Tensor] = {}  # a GPU would wait for the copy in every product with 8-bit scales
+
+
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """The (256,) signed 8-bit code for scales: for e = 0..6, 2^e fractions of 10^(e-6) between 0.1 and 1, both signs.
 
     Source: Dettmers 2016 (arXiv 1511.04561), "dynamic tree quantization", as QLoRA uses it for its second quantization.
     """
-    return torch.from_numpy(_dynamic_map().copy()).to(device)
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.from_numpy(_dynamic_map().copy())
+    if device not in _maps:
+        with torch.inference_mode(False):
+            found = torch.from_numpy(_dynamic_map().copy()).to(device)
+        if type(found) is not Tensor:  # one that only stands for a tensor, as under FakeTensorMode
+            return found
+        _maps[device] = found
+    return _maps[device]

@@ -88,6 +88,15 @@ def forget_run_without_result(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
+def known_before(path: Path) -> dict[str, float] | None:
+    """What was measured before the first step of a run that is continued, if its file is whole."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
+
+
 def _read_started(path: Path) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

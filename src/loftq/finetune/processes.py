@@ -37,13 +37,22 @@ def is_main() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def connect() -> None:
-    """Find the other processes, where there are any; the Trainer would, but only after what they have to agree on."""
-    if count() > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
+@contextmanager
+def connected() -> Iterator[None]:
+    """Find the other processes, where there are any; the Trainer would, but only after what they have to agree on.
 
-        prepare_spreading()
-        PartialState(cpu=not torch.cuda.is_available())
+    After a mistake or an interrupt nobody is waited for, since others may have ended.
+    """
+    if count() == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    prepare_spreading()
+    PartialState(cpu=not torch.cuda.is_available())
+    yield
+    wait()
+    torch.distributed.destroy_process_group()  # its threads may keep a process from ending
 
 
 def agreed(value: Value) -> Value:
@@ -152,15 +161,17 @@ def prepare_spreading() -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ConfigError(f"fsdp_version is {version}, expected 2; set it in the file of `accelerate config`")
-    # the packed weights are buffers, which the main process could not hand to the others
+    # scales and codebooks are buffers, which the main process could not hand to the others
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # checkpoints that can be checked and, for a device's own backend, one that can gather them; read when processes connect
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
 
 
 def spread_here(accelerator: Any, model: nn.Module) -> None:
     """Make sure that FSDP is used where it is asked for, and for packed weights as well.
 
-    Accelerate leaves FSDP out on CPUs without a word. Checkpoints hold whole weights. Adapters are gathered as float32:
-    products run under autocast, as with one process.
+    Accelerate leaves FSDP out on CPUs without a word. Adapters are gathered as float32: products run under autocast, as with
+    one process.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
@@ -169,7 +180,6 @@ def spread_here(accelerator: Any, model: nn.Module) -> None:
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     state.fsdp_plugin.mixed_precision_policy = None
     for module in model.modules():
         if isinstance(module, PackedModule):

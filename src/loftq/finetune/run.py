@@ -31,6 +31,7 @@ from loftq.finetune.folder import (
     begin_run,
     finished_run,
     forget_run_without_result,
+    known_before,
     locked,
     writing,
 )
@@ -40,7 +41,15 @@ from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.reporters import check_reporter, reporter
 from loftq.finetune.save import save_result
 from loftq.finetune.settings import TrainSettings
-from loftq.finetune.trainer import Divergence, Progress, TaskTrainer, as_loaded, enough_memory, training_arguments
+from loftq.finetune.trainer import (
+    Divergence,
+    Progress,
+    TaskTrainer,
+    as_loaded,
+    enough_memory,
+    total_steps,
+    training_arguments,
+)
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
 from loftq.report.progress import bar
@@ -86,14 +95,32 @@ def train(
             init_from, run = run, run / IN_FOLDER
     start = find_start(settings.method, init_from, model)
     processes.check_batch(settings.batch_size)
-    processes.connect()
     folder = {"base": start.base, "folder": start.folder and str(start.folder)}
     fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
-    if not processes.is_main():
-        progress, notice = False, _say_nothing
-        if processes.agreed(False):
-            return TrainingRecord.load(run)
-        return _Training(run, settings, start, command, notice).run(progress, processes.wait)
+    with processes.connected():
+        if processes.is_main():
+            return _lead(run, settings, start, fingerprint, resume, progress, command, notice)
+        return _follow(run, settings, start, command)
+
+
+def _follow(run: Path, settings: TrainSettings, start: Start, command: str | None) -> TrainingRecord:
+    """What a process does that writes and says nothing."""
+    if processes.agreed(False):
+        return TrainingRecord.load(run)
+    return _Training(run, settings, start, command, lambda sentence: None).run(False, processes.wait)
+
+
+def _lead(
+    run: Path,
+    settings: TrainSettings,
+    start: Start,
+    fingerprint: dict[str, Any],
+    resume: bool,
+    progress: bool,
+    command: str | None,
+    notice: Callable[[str], None],
+) -> TrainingRecord:
+    """What the main process does, or the only one."""
     with locked(run) as is_new:
         with disk_errors(run):
             finished = finished_run(run, fingerprint, resume)
@@ -113,10 +140,6 @@ def train(
             if is_new and [p.name for p in run.iterdir()] == [".lock"]:
                 shutil.rmtree(run)
             raise
-
-
-def _say_nothing(sentence: str) -> None:
-    pass
 
 
 class _Training:
@@ -229,13 +252,13 @@ class _Training:
         checkpoint = self._resume_point()
         begun = self.folder / BEFORE
         if held is not None:
-            record.before = processes.agreed(_known_before(begun) if checkpoint else None)
+            record.before = processes.agreed(known_before(begun) if checkpoint else None)
             if record.before is None:
                 record.before = self._measure(model.to(arguments.device), held, labels, progress).known
                 if processes.is_main():
                     with writing(self.folder):
                         replace_text(begun, json.dumps(record.before))
-        steps = _total_steps(trainer, settings)
+        steps = total_steps(trainer, settings)
         clock = time.perf_counter()
         with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
             done = step_of(checkpoint)
@@ -328,19 +351,3 @@ class _Training:
                 num_beams=settings.num_beams,
                 advance=advance,
             )
-
-
-def _known_before(path: Path) -> dict[str, float] | None:
-    """What was measured before the first step of a run that is continued, if its file is whole."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return known if isinstance(known, dict) else None
-
-
-def _total_steps(trainer: TaskTrainer, settings: TrainSettings) -> int:
-    if settings.max_steps is not None:
-        return settings.max_steps
-    batches = len(trainer.get_train_dataloader())
-    return max(1, int(settings.epochs * -(-batches // settings.gradient_accumulation)))

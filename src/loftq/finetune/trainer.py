@@ -202,6 +202,14 @@ def _may_skip_layers(model: Any) -> bool:
     return any(getattr(model.config, name, None) for name in names)
 
 
+def total_steps(trainer: TaskTrainer, settings: TrainSettings) -> int:
+    """Optimizer steps of a run."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    batches = len(trainer.get_train_dataloader())
+    return max(1, int(settings.epochs * -(-batches // settings.gradient_accumulation)))
+
+
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """A :class:`ConfigError` where memory does not suffice, as far as it is torch that finds out."""

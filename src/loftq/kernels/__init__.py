@@ -1,19 +1,25 @@
-"""The loops that touch every weight: compiled on the CPU, plain torch elsewhere. Tensors in, tensors out.
+"""The loops that touch every weight. Tensors in, tensors out.
 
-Each function here has one definition in :mod:`loftq.kernels.reference`; on the CPU a compiled loop computes the same.
+Each function here has one definition in :mod:`loftq.kernels.reference`, in plain torch, which runs on any device. On the
+CPU compiled loops compute the same (:mod:`loftq.kernels.cpu`), on a GPU Triton's (:mod:`loftq.kernels.triton_kernels`)
+where Triton is installed.
+
 Shapes: weight (rows, in) float32; codes (rows, in) uint8; packed (rows, ceil(in * bits / 8)) uint8; scale and zero
 (rows, ceil(in / block_size)) float32; codebook (2^bits,) float32 ascending and thresholds (2^bits - 1,) float32, or
 (rows, 2^bits) and (rows, 2^bits - 1) with levels of each row's own.
 """
 
-import numpy as np
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_unpack, reference
 from loftq.kernels.reference import packed_row_bytes
-from loftq.kernels.simd_levels import WIDTHS
-from loftq.kernels.threads import for_rows
 
 __all__ = [
     "dequantize",
@@ -21,6 +27,7 @@ __all__ = [
     "descend_coupled",
     "encode",
     "feedback",
+    "few_tokens",
     "grad_product",
     "level_moments",
     "pack",
@@ -31,60 +38,59 @@ __all__ = [
     "unpack",
 ]
 
-_NONE = np.empty((0, 0), np.float32)
-_BITS_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-_CHUNKS = 8  # of rows, summed apart in grad_product
-_SLAB = 64  # rows summed together in level_moments: fixed, so that the sum does not depend on the thread count
+# Device types that Triton compiles for; torch calls ROCm's devices "cuda" too.
+_TRITON_DEVICES = ("cuda", "xpu")
+_forced: ModuleType | None = None
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"loftq.kernels.{name}")
 
 
-def _np(tensor: Tensor | None) -> np.ndarray:
-    return _NONE if tensor is None else tensor.detach().contiguous().numpy()
+@cache
+def _backend_of(device_type: str) -> ModuleType:
+    if device_type == "cpu":
+        return _module("cpu")
+    if device_type in _TRITON_DEVICES and find_spec("triton") is not None:
+        return _module("triton_kernels")
+    return _module("reference")
 
 
-def _rows_of(levels: Tensor) -> np.ndarray:
-    """Codebook or thresholds as the loops take them: float32, a row for each row of the weight, or one for all."""
-    return _np(levels.float() if levels.dim() == 2 else levels.float()[None])
+def _backend(tensor: Tensor) -> ModuleType:
+    """The module whose functions compute on a tensor's device; all have the names and arguments of ``reference``'s."""
+    return _forced or _backend_of(tensor.device.type)
+
+
+@contextmanager
+def _only(name: str) -> Iterator[None]:
+    """Everything by one module, ``cpu``, ``reference`` or ``triton_kernels``, on whatever device: for tests."""
+    global _forced
+    before, _forced = _forced, _module(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def few_tokens(packed: Tensor) -> int:
+    """Up to so many tokens :func:`product` beats writing the matrix on this device; 0 where it never does."""
+    few: int = _backend(packed).FEW_TOKENS
+    return few
+
+
+def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:
+    return weight.new_ones(weight.shape[1]) if importance is None else importance.to(weight)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) uint8 codes -> (rows, ceil(n * bits / 8)) uint8."""
-    if not _on_cpu(codes):
-        return reference.pack(codes, bits)
-    packed = torch.empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8)
-    for_rows(cpu_pack.pack_rows, codes.shape[0], codes.numel(), _np(codes), bits, packed.numpy())
-    return packed
+    return _backend(codes).pack(codes, bits)
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """The inverse of :func:`pack`."""
-    if not _on_cpu(packed):
-        return reference.unpack(packed, bits, in_features)
-    codes = torch.empty(packed.shape[0], in_features, dtype=torch.uint8)
-    for_rows(cpu_pack.unpack_rows, codes.shape[0], codes.numel(), _np(packed), bits, codes.numpy())
-    return codes
-
-
-def _borders(thresholds: Tensor) -> np.ndarray:
-    """Borders between levels as the fitting loops take them: (1 or rows, at least 16), filled up with infinities."""
-    rows = thresholds.float() if thresholds.dim() == 2 else thresholds.float()[None]
-    return _np(torch.nn.functional.pad(rows, (0, max(16, rows.shape[1] + 1) - rows.shape[1]), value=float("inf")))
-
-
-def _width_of(codebook: Tensor) -> tuple[int, ...]:
-    return WIDTHS[codebook.shape[-1].bit_length() - 1]
-
-
-def _scales(stored: Tensor | None) -> np.ndarray:
-    """Scales or zeros as the unpacking loops take them: float16 as it is stored, by its bits."""
-    if stored is None:
-        return _NONE
-    if stored.dtype == torch.float16:
-        return stored.contiguous().view(torch.uint16).numpy()
-    return _np(stored.float())
+    return _backend(packed).unpack(packed, bits, in_features)
 
 
 def dequantize(
@@ -105,42 +111,23 @@ def dequantize(
     computation, because the system has to provide its pages. ``blocks`` are the first and the last but one of those whose
     columns are wanted, instead of all. Scales may be float32, float16 or bfloat16.
     """
-    begin, end = blocks or (0, scale.shape[1])
-    columns = slice(begin * block_size, min(end * block_size, in_features))
-    if not _on_cpu(packed):
-        floats = scale.float(), codebook.float(), None if zero is None else zero.float()
-        return reference.dequantize(packed, *floats, bits, block_size, in_features)[:, columns].to(dtype)
-    if out is None:
-        out = torch.empty(packed.shape[0], columns.stop - columns.start, dtype=dtype)
-    if dtype not in _BITS_AS:
-        whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
-        return out.copy_(whole)
-    target = out.view(_BITS_AS[dtype]).numpy()
-    stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
-    args = (*stored, block_size, in_features, begin, end, target)
-    for_rows(cpu_unpack.dequantize_rows, packed.shape[0], out.numel(), *args)
-    return out
+    backend, args = _backend(packed), (packed, scale, codebook, zero, bits, block_size, in_features, dtype)
+    if blocks is None:
+        return backend.dequantize(*args, out)
+    if backend is _module("cpu"):
+        return backend.dequantize(*args, out, blocks)
+    part: Tensor = backend.dequantize(*args)[:, blocks[0] * block_size : blocks[1] * block_size]
+    return part if out is None else out.copy_(part)
 
 
 def product(
     x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Tensor:
-    """x (tokens, in) Wᵀ -> (tokens, rows) in x's dtype without writing W, on the CPU; sums are float32. For few tokens."""
-    inputs = x.float()
-    blocks = scale.shape[1]
-    sums = _NONE
-    if zero is not None:
-        padded = torch.nn.functional.pad(inputs, (0, blocks * block_size - inputs.shape[1]))
-        sums = _np(padded.view(-1, blocks, block_size).sum(-1))
-    chunk = cpu_product.chunk_columns(bits, block_size)
-    whole = inputs.shape[1] // chunk * chunk if chunk else 0
-    chunked = inputs[:, :whole].unflatten(1, (-1, 16, 32 // bits)).transpose(2, 3).flatten(1) if whole else inputs
-    out = torch.empty(x.shape[0], packed.shape[0])
-    each = (0,) * max(1, 512 // bits // block_size)
-    stored = (WIDTHS[bits], each, _np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size)
-    given = (_np(inputs), _np(chunked), whole, sums, out.numpy())
-    for_rows(cpu_product.product_rows, packed.shape[0], packed.shape[0] * inputs.numel(), *stored, *given)
-    return out.to(x.dtype)
+    """x (tokens, in) Wᵀ -> (tokens, rows) in x's dtype without writing W; sums are float32. Up to :func:`few_tokens`.
+
+    On a GPU, several half-precision tokens are multiplied with W rounded to their dtype, as a dense product would.
+    """
+    return _backend(packed).product(x, packed, scale, codebook, zero, bits, block_size)
 
 
 def grad_product(
@@ -153,32 +140,15 @@ def grad_product(
     block_size: int,
     in_features: int,
 ) -> Tensor:
-    """grad (tokens, rows) W -> (tokens, in) in grad's dtype without writing W, on the CPU; sums are float32. For few tokens.
-
-    Rows are summed in a fixed number of chunks, so that the result does not depend on the number of threads.
-    """
-    out = torch.empty(_CHUNKS, grad.shape[0], in_features)
-    stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
-    args = (*stored, block_size, _np(grad.float()), out.numpy())
-    for_rows(cpu_product.grad_rows, _CHUNKS, grad.numel() * in_features, *args)
-    return out.sum(0).to(grad.dtype)
+    """grad (tokens, rows) W -> (tokens, in) in grad's dtype without writing W; sums are float32. See :func:`product`."""
+    return _backend(packed).grad_product(grad, packed, scale, codebook, zero, bits, block_size, in_features)
 
 
 def encode(
     weight: Tensor, scale: Tensor, zero: Tensor | None, codebook: Tensor, thresholds: Tensor, block_size: int
 ) -> Tensor:
     """The code of the level nearest to each weight; where the scale is 0, the code of the level nearest to 0."""
-    if not _on_cpu(weight):
-        return reference.encode(weight, scale, zero, codebook, thresholds, block_size)
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    levels = (_rows_of(codebook), _borders(thresholds))
-    args = (_width_of(codebook), _np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
-    for_rows(cpu_fit.encode_rows, weight.shape[0], weight.numel(), *args)
-    return codes
-
-
-def _counts(weight: Tensor, importance: Tensor | None) -> Tensor:
-    return weight.new_ones(weight.shape[1]) if importance is None else importance.to(weight)
+    return _backend(weight).encode(weight, scale, zero, codebook, thresholds, block_size)
 
 
 def search_scale(
@@ -195,12 +165,7 @@ def search_scale(
     ``importance`` (in,) is what the squared error of each column counts; ``None`` for all alike.
     """
     counts = _counts(weight, importance)
-    if not _on_cpu(weight):
-        return reference.search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
-    scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    tensors = (_width_of(codebook), _np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
-    for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
-    return scale
+    return _backend(weight).search_scale(weight, counts, codebook, thresholds, factors, refine, block_size)
 
 
 def search_affine(
@@ -214,14 +179,7 @@ def search_affine(
 ) -> tuple[Tensor, Tensor]:
     """The best (scale, zero) per block over shrunken min/max ranges, each refitted by (weighted) least squares."""
     counts = _counts(weight, importance)
-    if not _on_cpu(weight):
-        return reference.search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
-    scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
-    zero = torch.empty_like(scale)
-    tensors = (_width_of(codebook), _np(weight), _np(counts), _rows_of(codebook), _borders(thresholds), _np(factors))
-    args = (*tensors, refine, block_size, scale.numpy(), zero.numpy())
-    for_rows(cpu_fit.search_affine_rows, weight.shape[0], weight.numel(), *args)
-    return scale, zero
+    return _backend(weight).search_affine(weight, counts, codebook, thresholds, factors, refine, block_size)
 
 
 def level_moments(
@@ -238,16 +196,7 @@ def level_moments(
     (levels,), or (rows, levels) ``by_row``.
     """
     counts = _counts(weight, importance)
-    if not _on_cpu(weight):
-        return reference.level_moments(weight, counts, scale, codes, levels, block_size, by_row)
-    slab = 1 if by_row else _SLAB
-    slabs = -(-weight.shape[0] // slab)
-    num = torch.zeros(slabs, levels, dtype=torch.float64)
-    den = torch.zeros_like(num)
-    tensors = map(_np, (weight, counts, scale, codes))
-    out = (num.numpy(), den.numpy())
-    for_rows(cpu_fit.level_moments_rows, slabs, weight.numel(), *tensors, block_size, slab, *out)
-    return (num, den) if by_row else (num.sum(0), den.sum(0))
+    return _backend(weight).level_moments(weight, counts, scale, codes, levels, block_size, by_row)
 
 
 def feedback(
@@ -272,19 +221,8 @@ def feedback(
     Returns:
         the errors e (rows, columns[1] - columns[0]), for the columns beyond the range.
     """
-    if not _on_cpu(work):
-        return reference.feedback(
-            work, inverse, order, scale, zero, codebook, thresholds, block_size, columns, codes, dense
-        )
-    begin, end = columns
-    errors = torch.empty(work.shape[0], end - begin)
-    tensors = (*map(_np, (inverse, order, scale, zero)), _rows_of(codebook), _rows_of(thresholds))
-    out = (codes.numpy(), dense.numpy(), errors.numpy())
-    work_items = work.shape[0] * (end - begin) ** 2 // 4
-    for_rows(
-        cpu_feedback.feedback_rows, work.shape[0], work_items, work.numpy(), *tensors, block_size, begin, end, *out
-    )
-    return errors
+    constants = (scale, zero, codebook, thresholds, block_size)
+    return _backend(work).feedback(work, inverse, order, *constants, columns, codes, dense)
 
 
 def descend(
@@ -305,16 +243,8 @@ def descend(
     With ``refit`` each block's scale follows by least squares after its codes. Never raises the objective. Everything is
     changed in place: ``gradient = (W - dense) H`` (rows, in), ``scale`` (rows, blocks), ``codes`` and ``dense`` (rows, in).
     """
-    if not _on_cpu(gradient):
-        return reference.descend(
-            gradient, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, sweeps, refit
-        )
-    constants = (_np(zero), _rows_of(codebook), _rows_of(thresholds), block_size)
-    out = (codes.numpy(), dense.numpy())
-    rows, n = gradient.shape
-    state = (gradient.numpy(), _np(hessian), scale.numpy())
-    for_rows(cpu_feedback.descend_rows, rows, rows * n * n // 4, *state, *constants, *out, sweeps, refit)
-    return None
+    constants = (zero, codebook, thresholds, block_size)
+    _backend(gradient).descend(gradient, hessian, scale, *constants, codes, dense, sweeps, refit)
 
 
 def descend_coupled(
@@ -335,18 +265,5 @@ def descend_coupled(
     Like :func:`descend`, which is the case G = I; but errors of one row can make up for those of another, so the rows are
     visited one after the other. ``error`` is left as it was.
     """
-    if not _on_cpu(error):
-        reference.descend_coupled(
-            error, hessian, coupling, scale, zero, codebook, thresholds, block_size, codes, dense, refit
-        )
-        return
-    product = (error @ hessian).contiguous()
-    shares = coupling / coupling.diagonal()[:, None]
-    levels = (_rows_of(codebook), _rows_of(thresholds))
-    constants = (_np(hessian), scale.numpy(), _np(zero), *levels, block_size)
-    for first in range(0, error.shape[0], _SLAB):
-        last = min(first + _SLAB, error.shape[0])
-        gradient = (shares[first:last] @ product).numpy()
-        cpu_feedback.descend_coupled(
-            first, last, gradient, _np(coupling), product.numpy(), *constants, codes.numpy(), dense.numpy(), refit
-        )
+    constants = (zero, codebook, thresholds, block_size)
+    _backend(error).descend_coupled(error, hessian, coupling, scale, *constants, codes, dense, refit)

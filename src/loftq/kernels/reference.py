@@ -48,13 +48,54 @@ def _blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 def dequantize(
-    packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int, in_features: int
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """value = scale * (codebook[code] + zero * codebook[1]), float32 (rows, in_features)."""
+    """value = scale * (codebook[code] + zero * codebook[1]), computed in float32 or more, (rows, in_features)."""
+    scale, codebook = _at_least_float32(scale), _at_least_float32(codebook)
     value = levels_of(codebook, unpack(packed, bits, in_features))
     if zero is not None:
-        value = value + _spread(zero * codebook[..., 1:2], block_size, in_features)
-    return value * _spread(scale, block_size, in_features)
+        value = value + _spread(_at_least_float32(zero) * codebook[..., 1:2], block_size, in_features)
+    value = value * _spread(scale, block_size, in_features)
+    if out is not None:
+        return out.copy_(value)
+    return value if dtype is None else value.to(dtype)
+
+
+def _at_least_float32(stored: Tensor) -> Tensor:
+    return stored.to(torch.promote_types(stored.dtype, torch.float32))
+
+
+FEW_TOKENS = 0  # of a product that writes the matrix first
+
+
+def product(
+    x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
+) -> Tensor:
+    """x (tokens, in) Wᵀ."""
+    return (x.float() @ dequantize(packed, scale, codebook, zero, bits, block_size, x.shape[1]).T).to(x.dtype)
+
+
+def grad_product(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    """grad (tokens, rows) W."""
+    dense = dequantize(packed, scale, codebook, zero, bits, block_size, in_features)
+    return (grad.float() @ dense).to(grad.dtype)
 
 
 def levels_of(codebook: Tensor, codes: Tensor) -> Tensor:

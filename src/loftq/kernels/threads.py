@@ -26,7 +26,7 @@ _pool_size = 0
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 # Below this many elements the hand-over to another thread costs more than the loop.
-_MIN_ELEMENTS_PER_THREAD = 1 << 15
+_MIN_ELEMENTS_PER_THREAD = 1 << 18
 
 
 def is_small(elements: int) -> bool:

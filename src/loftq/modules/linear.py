@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loftq.codec import QuantizedTensor, quantize
 from loftq.config import QuantSpec
 from loftq.errors import WeightError
-from loftq.modules.ops import packed_linear
+from loftq.modules.ops import packed_product
 from loftq.modules.packed import PackedWeight
 
 
@@ -76,7 +76,7 @@ class QuantLinear(PackedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = packed_linear(x, *self._operands())
+        y = packed_product(x, *self._operands())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -6,24 +6,25 @@ On the CPU W exists a tile at a time, in a few megabytes that the next tile uses
 in the cache and never written to memory: some of its rows for y, some of its columns for the gradient, whose sum over rows
 would otherwise be rounded between tiles. There is no gradient for the backbone: it is frozen.
 
-For few tokens on the CPU the packed matrix is multiplied as it is. The operators take the tensors as they are stored
-(:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own buffers, not copies of them.
+For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as
+they are stored (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own
+buffers, not copies of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq import kernels
 from loftq.codec.scales import double_dequantize
 
 _memory = threading.local()
-# Up to so many tokens the packed matrix is multiplied as it is; see benchmarks/README.md.
-FEW_TOKENS = 4
 TILE_BYTES = 8 << 20  # of the dense matrix, which is then multiplied out of the last-level cache
 
 
@@ -54,7 +55,7 @@ def workspace_bytes(shape: tuple[int, int], block_size: int, dtype: torch.dtype)
 
 def _few(x: Tensor, features: int) -> bool:
     exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
-    return exact_enough and x.device.type == "cpu" and x.numel() <= FEW_TOKENS * features
+    return exact_enough and 0 < x.numel() <= kernels.few_tokens(x) * features
 
 
 def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -117,8 +118,7 @@ def _times(
     return out
 
 
-@torch.library.custom_op("loftq::packed_linear", mutates_args=())
-def packed_linear(
+def _linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -135,6 +135,9 @@ def packed_linear(
     if _few(x, n):
         return kernels.product(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
     return _times_transposed(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
+
+
+packed_linear = torch.library.custom_op("loftq::packed_linear", _linear, mutates_args=())
 
 
 @packed_linear.register_fake
@@ -184,6 +187,13 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 packed_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def packed_product(x: Tensor, *stored: Any) -> Tensor:
+    """:func:`packed_linear`; on the CPU, unless it is recorded, without an operator's cost: a third of a small layer's time."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    direct = not watched and type(x) is Tensor and x.device.type == "cpu"
+    return (_linear if direct else packed_linear)(x, *stored)
 
 
 @torch.library.custom_op("loftq::packed_rows", mutates_args=())

@@ -1,0 +1,347 @@
+"""Triton kernels for products of few tokens with a packed matrix, which is read once and never written out.
+
+One token is a matter of memory bandwidth: each program holds a few rows, multiplies levels and inputs in float32 and the
+sum of each group of codes by its block's scale. Several tokens go to the matrix units, sixteen at a time, with W rounded
+to their dtype as a dense product has it. Where a product has too few tiles to fill the device, the sum is split into parts
+that are added afterwards, in order: the same call gives the same bits. Which tiles are fastest is measured once for each
+shape, and may round differently on another device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loftq.kernels.triton_codes import load_codes, load_levels, load_per_group, load_step, load_values, load_within
+from loftq.kernels.triton_launch import handed_over, on_device, processors, tuned
+
+FEW_TOKENS = 16
+"""As many as a tile of the matrix units takes; beyond, the matrix is written once and multiplied by the vendor's kernels."""
+
+# ROWS * K / 256 is the number of warps in all of them: a thread then has one group of a row at a time, as the packed
+# units are loaded, and nothing passes between threads. Unrolling keeps enough loads under way.
+_VECTOR = [
+    triton.Config({"ROWS": rows, "K": k, "UNROLL": unroll}, num_warps=warps)
+    for rows, k, warps, unroll in (
+        (4, 256, 4, 2),
+        (4, 256, 4, 4),
+        (2, 256, 2, 4),
+        (1, 256, 1, 4),
+        (2, 512, 4, 2),
+        (1, 1024, 4, 2),
+        (1, 512, 2, 4),
+        (8, 256, 8, 2),
+    )
+]
+_MATRIX = [
+    triton.Config({"ROWS": rows, "K": k}, num_warps=warps, num_stages=stages)
+    for rows, k, warps, stages in (
+        (32, 64, 4, 2),
+        (16, 128, 2, 3),
+        (32, 128, 4, 3),
+        (16, 256, 4, 2),
+        (64, 64, 4, 3),
+        (32, 64, 4, 1),
+        (16, 128, 2, 1),
+    )
+]
+_TRANSPOSED = [
+    triton.Config({"ROWS": rows, "K": k}, num_warps=warps, num_stages=stages)
+    for rows, k, warps, stages in ((16, 128, 4, 2), (32, 64, 4, 3), (32, 128, 4, 3), (64, 64, 4, 2), (32, 128, 4, 1))
+]
+
+
+@triton.jit
+def _dots(
+    inputs,
+    units,
+    scale,
+    zero,
+    codebook,
+    row,
+    first,
+    n,
+    length,
+    blocks,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """(rows, GROUPS): products of each group of eight values with its inputs."""
+    codes = load_codes(units, row * length, first, length, BITS, ALIGNED, GROUPS, WHOLE)
+    dot = tl.sum(load_levels(codebook, row, codes, BITS, BY_ROW) * inputs, 2)
+    if HAS_ZERO:
+        offset = load_per_group(zero, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
+        dot += offset * load_step(codebook, row, BITS, BY_ROW)[:, None] * tl.sum(inputs, 2)
+    return dot * load_per_group(scale, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
+
+
+@tuned(_VECTOR, ["rows", "n", "BITS"])
+@triton.jit
+def _vector(
+    x,
+    units,
+    scale,
+    zero,
+    codebook,
+    out,
+    rows,
+    length,
+    blocks,
+    n: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """out[r] = sum over i of W[r, i] x[i], of two times ``ROWS`` rows, which share what is done to the inputs."""
+    row = tl.program_id(0).to(tl.int64) * (2 * ROWS) + tl.arange(0, ROWS)
+    other = row + ROWS
+    held, held_other = tl.minimum(row, rows - 1), tl.minimum(other, rows - 1)
+    GROUPS: tl.constexpr = K // 8
+    WHOLE: tl.constexpr = n % K == 0
+    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    total_other = tl.zeros((ROWS, GROUPS), tl.float32)
+    for first in tl.range(0, n, K, loop_unroll_factor=UNROLL):
+        # loaded in the shape of the tile, though all rows take the same: so that a thread has eight at a time
+        at = tl.arange(0, GROUPS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        at += tl.zeros((ROWS, 1, 1), tl.int32)
+        inputs = load_within(x + first + at, at, n - first, WHOLE).to(tl.float32)
+        total += _dots(
+            inputs,
+            units,
+            scale,
+            zero,
+            codebook,
+            held,
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            GROUPS,
+            WHOLE,
+        )
+        total_other += _dots(
+            inputs,
+            units,
+            scale,
+            zero,
+            codebook,
+            held_other,
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            GROUPS,
+            WHOLE,
+        )
+    tl.store(out + row, tl.sum(total, 1).to(out.dtype.element_ty), mask=row < rows)
+    tl.store(out + other, tl.sum(total_other, 1).to(out.dtype.element_ty), mask=other < rows)
+
+
+@tuned(_MATRIX, ["rows", "n", "BITS"])
+@triton.jit
+def _matrix(
+    x,
+    units,
+    scale,
+    zero,
+    codebook,
+    out,
+    tokens,
+    rows,
+    n,
+    length,
+    blocks,
+    share,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """out[p, t, r] = sum over the columns i of part p of x[t, i] W[r, i]; parts of ``share`` columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    held = tl.minimum(row, rows - 1)
+    part = tl.program_id(1)
+    token = tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    for first in range(part * share, min((part + 1) * share, n), K):
+        column = first + tl.arange(0, K)
+        inside = (token < tokens)[:, None] & (column < n)[None, :]
+        inputs = tl.load(x + (token[:, None] * n + column[None, :]), mask=inside, other=0)
+        values = load_values(
+            units,
+            scale,
+            zero,
+            codebook,
+            held,
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            K // 8,
+            False,
+        )
+        total = tl.dot(inputs, tl.trans(tl.reshape(values.to(inputs.dtype), (ROWS, K))), total, input_precision="ieee")
+    target = out + (part * tokens + token[:, None]).to(tl.int64) * rows + row[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
+
+
+@tuned(_TRANSPOSED, ["rows", "n", "BITS"])
+@triton.jit
+def _transposed(
+    grad,
+    units,
+    scale,
+    zero,
+    codebook,
+    out,
+    tokens,
+    rows,
+    n,
+    length,
+    blocks,
+    share,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """out[p, t, i] = sum over the rows r of part p of grad[t, r] W[r, i]; parts of ``share`` rows."""
+    first = tl.program_id(0) * K
+    part = tl.program_id(1)
+    token = tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS, K), tl.float32)
+    for begin in range(part * share, min((part + 1) * share, rows), ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = (token < tokens)[:, None] & (row < rows)[None, :]
+        inputs = tl.load(grad + (token[:, None] * rows + row[None, :]), mask=inside, other=0)
+        values = load_values(
+            units,
+            scale,
+            zero,
+            codebook,
+            tl.minimum(row, rows - 1).to(tl.int64),
+            first,
+            n,
+            length,
+            blocks,
+            BITS,
+            BLOCK,
+            ALIGNED,
+            HAS_ZERO,
+            BY_ROW,
+            K // 8,
+            False,
+        )
+        total = tl.dot(inputs, tl.reshape(values.to(inputs.dtype), (ROWS, K)), total, input_precision="ieee")
+    column = first + tl.arange(0, K)
+    target = out + (part * tokens + token[:, None]).to(tl.int64) * n + column[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < n)[None, :])
+
+
+_MANY = {"TOKENS": FEW_TOKENS, "enable_fp_fusion": True}
+
+
+def _parts(tiles: int, summed: int, tensor: Tensor) -> tuple[int, int]:
+    """Into how many parts to split a sum so that ``tiles`` of them fill the device, and the terms of each: many 128s."""
+    wanted = triton.cdiv(4 * processors(tensor), tiles)
+    share = triton.cdiv(triton.cdiv(summed, min(wanted, 16)), 128) * 128
+    return triton.cdiv(summed, share), share
+
+
+def _chunks(x: Tensor) -> list[Tensor]:
+    return list(x.contiguous().split(FEW_TOKENS))
+
+
+def product(
+    x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
+) -> Tensor:
+    if x.shape[0] > FEW_TOKENS:
+        rest = (packed, scale, codebook, zero, bits, block_size)
+        return torch.cat([product(chunk, *rest) for chunk in _chunks(x)])
+    x = x.contiguous()
+    (tokens, n), rows = x.shape, packed.shape[0]
+    if tokens == 0 or rows == 0:
+        return x.new_empty(tokens, rows)
+    m = handed_over(packed, scale, codebook, zero, bits, block_size)
+    length, blocks = m.units.shape[1], m.scale.shape[1]
+    operands = (x, m.units, m.scale, m.zero, m.levels)
+
+    if tokens == 1:
+        out = x.new_empty(1, rows)
+        with on_device(x):
+            _vector[lambda meta: (triton.cdiv(rows, 2 * meta["ROWS"]),)](
+                *operands, out, rows, length, blocks, n=n, **m.constants, enable_fp_fusion=True
+            )
+        return out
+    parts, share = _parts(triton.cdiv(rows, 32), n, x)
+    out = x.new_empty(parts, tokens, rows, dtype=x.dtype if parts == 1 else torch.float32)
+    with on_device(x):
+        _matrix[lambda meta: (triton.cdiv(rows, meta["ROWS"]), parts)](
+            *operands, out, tokens, rows, n, length, blocks, share, **m.constants, **_MANY
+        )
+    return out[0] if parts == 1 else out.sum(0).to(x.dtype)
+
+
+def grad_product(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codebook: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    if grad.shape[0] > FEW_TOKENS:
+        rest = (packed, scale, codebook, zero, bits, block_size, in_features)
+        return torch.cat([grad_product(chunk, *rest) for chunk in _chunks(grad)])
+    grad = grad.contiguous()
+    tokens, rows = grad.shape
+    if tokens == 0 or in_features == 0:
+        return grad.new_empty(tokens, in_features)
+    m = handed_over(packed, scale, codebook, zero, bits, block_size)
+    length, blocks = m.units.shape[1], m.scale.shape[1]
+    parts, share = _parts(triton.cdiv(in_features, 128), rows, grad)
+    out = grad.new_empty(parts, tokens, in_features, dtype=grad.dtype if parts == 1 else torch.float32)
+
+    operands = (grad, m.units, m.scale, m.zero, m.levels, out)
+    with on_device(grad):
+        _transposed[lambda meta: (triton.cdiv(in_features, meta["K"]), parts)](
+            *operands, tokens, rows, in_features, length, blocks, share, **m.constants, **_MANY
+        )
+    return out[0] if parts == 1 else out.sum(0).to(grad.dtype)
