@@ -67,11 +67,48 @@ def test_gradient_equals_the_dense_product(rows, n, block_size, bits, with_zero,
     assert close(kernels.grad_product(grad, *operands, n), grad.double() @ dense, terms)
 
 
+@pytest.mark.parametrize("tokens", [5, 16, 17, 31, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@zeros
+@widths
+@shapes
+def test_many_tokens(rows, n, block_size, bits, with_zero, dtype, tokens):
+    """Groups of tokens that are full or not, rows and columns that no piece divides: y and the gradient.
+
+    Bfloat16 may be multiplied with the matrix rounded to it, as a dense product would be; the result is rounded once.
+    """
+    operands, dense = packed_matrix(rows, n, block_size, bits, with_zero)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(n, tokens, generator=generator).T.to(dtype)  # not contiguous
+    grad = torch.randn(tokens, rows, generator=generator).to(dtype)
+    for found, factor, matrix in (
+        (kernels.product(x, *operands), x, dense.T),
+        (kernels.grad_product(grad, *operands, n), grad, dense),
+    ):
+        exact, terms = factor.double() @ matrix, factor.double().abs() @ matrix.abs()
+        result = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        weight_rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+        assert found.dtype == dtype
+        assert found.shape == exact.shape
+        assert bool(((found.double() - exact).abs() <= weight_rounding * terms + result * exact.abs() + 1e-7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_does_not_depend_on_the_others(dtype):
+    """Those of a group that is filled up are what they are in a full group."""
+    operands, _ = packed_matrix(*SHAPES["threaded"], 3, with_zero=True)
+    x = torch.randn(40, SHAPES["threaded"][1]).to(dtype)
+    everything = kernels.product(x, *operands)
+    assert torch.equal(kernels.product(x[:7], *operands), everything[:7])
+    assert torch.equal(kernels.product(x[3:36], *operands), everything[3:36])
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @widths
-def test_the_result_does_not_depend_on_the_number_of_threads(bits, threads):
+def test_the_result_does_not_depend_on_the_number_of_threads(bits, threads, tokens):
     operands, _ = packed_matrix(*SHAPES["threaded"], bits, with_zero=True)
-    x, grad = torch.randn(2, SHAPES["threaded"][1]), torch.randn(2, SHAPES["threaded"][0])
+    x, grad = torch.randn(tokens, SHAPES["threaded"][1]), torch.randn(tokens, SHAPES["threaded"][0])
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 
-from loftq.kernels import simd, simd_levels
+from loftq.kernels import simd, simd_levels, simd_tiles
 
 BITS = (2, 3, 4)
 
@@ -96,3 +96,39 @@ def test_compiled_loops_are_found_again(tmp_path):
         found.append(sorted(path.name for path in tmp_path.rglob("*.nbc")))
     assert len(found[0]) > 4
     assert found[1] == found[0]
+
+
+def bfloat16_pairs(x: np.ndarray) -> np.ndarray:
+    """(2 k, n) -> (k, n) int32: two rows as bfloat16, the first in the lower half."""
+    bits = np.ascontiguousarray(x).view(np.uint32) >> 16
+    return (bits[::2] | bits[1::2] << 16).view(np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("height", "vectors"), [(8, 2), (8, 1), (4, 1), (1, 3)])
+def test_tile_of_every_shape(height, vectors, dtype):
+    """Also those that this machine would not choose; what is there is added to."""
+    if dtype == "bfloat16" and not simd_tiles.BFLOAT16:
+        pytest.skip("the processor multiplies no bfloat16")
+    multiply_tile = simd_tiles.multiply_tile
+
+    @numba.njit
+    def multiply(heights, widths, a, x, steps, out):
+        multiply_tile(heights, widths, a, 3, steps + 1, 1, x, 5, steps, out, 7)
+
+    generator = np.random.default_rng(0)
+    steps = 22
+    a, x = generator.normal(size=(height, steps)), generator.normal(size=(steps, 16 * vectors))
+    if dtype == "bfloat16":
+        a, x = ((each.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32) for each in (a, x))
+        stored = np.ascontiguousarray(bfloat16_pairs(a.T).T), bfloat16_pairs(x)
+    else:
+        a, x = stored = a.astype(np.float32), x.astype(np.float32)
+    numbers = stored[0].shape[1]
+    flat_a = np.concatenate([np.zeros(3, stored[0].dtype), np.pad(stored[0], ((0, 0), (0, 1))).ravel()])
+    flat_x = np.concatenate([np.zeros(5, stored[1].dtype), stored[1].ravel()])
+    out = np.ones(7 + height * 16 * vectors, np.float32)
+    multiply((0,) * height, (0,) * vectors, flat_a, flat_x, numbers, out)
+    assert np.array_equal(out[:7], np.ones(7))
+    expected = 1 + a.astype(np.float64) @ x.astype(np.float64)
+    np.testing.assert_allclose(out[7:].reshape(height, -1), expected, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import nn
 import loftq
 from loftq import ConfigError, LoftQConfig
 from loftq.hub.quantizer import packed_like
-from loftq.report.memory.simulate import LiveBytes, StepBytes, simulate_step, workspace_bytes
+from loftq.report.memory.simulate import LiveBytes, StepBytes, packed_products_on, simulate_step, workspace_bytes
 from loftq.report.memory.training import TrainingSetup, build_model, task_heads
 from tiny import CLASSES, MIXTURES, tiny_model
 
@@ -71,7 +71,8 @@ def real_step(
     if head:
         inputs["labels"] = ids
     casts = disable_input_dtype_casting(model, active=autocast is not None)
-    with casts, LiveBytes([*model.parameters(), *model.buffers(), ids]) as count:
+    known = [*model.parameters(), *model.buffers(), ids]
+    with casts, LiveBytes(known, packed_products_on("cpu")) as count:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             output = model(**inputs)
         loss = output.loss if head else output[0].float().sum()
@@ -118,7 +119,7 @@ def test_simulated_step_is_a_real_one(name, checkpointing, autocast):
 
 
 def test_dense_copies_of_packed_weights():
-    """On the CPU nothing in float32 but the workspace, in 16 bits one copy; elsewhere what plain torch takes."""
+    """On the CPU none; elsewhere what plain torch takes."""
     config = tiny_model("llama").config
     config.architectures = ["LlamaForCausalLM"]
 
@@ -135,9 +136,10 @@ def test_dense_copies_of_packed_weights():
 def test_workspace_is_the_largest_tile():
     spec = loftq.QuantSpec()
     layers = [packed_like(nn.Linear(*shape), spec) for shape in ((64, 32), (64, 100), (10, 10))]
-    assert workspace_bytes(nn.ModuleList(layers), "cpu") == 4 * 64 * 100
-    assert workspace_bytes(nn.ModuleList(layers), "cuda") == 0
-    assert workspace_bytes(nn.Linear(3, 3), "cpu") == 0
+    assert workspace_bytes(nn.ModuleList(layers), "cpu", torch.float64, 1000) == 8 * 64 * 100
+    assert workspace_bytes(nn.ModuleList(layers), "cpu", torch.float32, 1000) == 0  # multiplied as it is packed
+    assert workspace_bytes(nn.ModuleList(layers), "cuda", torch.float64, 1000) == 0
+    assert workspace_bytes(nn.Linear(3, 3), "cpu", torch.float64, 1000) == 0
 
 
 def test_a_model_without_token_ids_is_refused():

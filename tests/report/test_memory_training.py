@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import loftq
-from loftq import ConfigError, LoftQConfig
+from loftq import ConfigError, LoftQConfig, kernels
 from loftq.checkpoint.source import open_config
 from loftq.report.memory import TrainingSetup, predict_footprint, predict_training
 from loftq.report.memory.measure import folder_config
@@ -162,8 +162,10 @@ def test_eager_attention_keeps_the_scores():
     assert LAYERS * scores < eager - fused < 1.35 * LAYERS * scores, (eager - fused) / scores
 
 
-def test_workspace_on_the_cpu_alone():
+def test_workspace_on_the_cpu_alone(monkeypatch):
     config, settings = tiny_config(), LoftQConfig(rank=RANK)
+    assert predict_training(config, settings, TrainingSetup(device="cpu")).workspace == 0  # nothing is written out
+    monkeypatch.setattr(kernels, "few_tokens", lambda device_type, dtype: 16)
     assert predict_training(config, settings, TrainingSetup(device="cpu")).workspace == 4 * INNER * WIDTH
     assert predict_training(config, settings, TrainingSetup(device="cuda")).workspace == 0
     assert predict_training(config, settings, TrainingSetup("lora", device="cpu")).workspace == 0

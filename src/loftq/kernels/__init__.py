@@ -73,9 +73,14 @@ def _only(name: str) -> Iterator[None]:
         _forced = before
 
 
-def few_tokens(packed: Tensor) -> int:
-    """Up to so many tokens :func:`product` beats writing the matrix on this device; 0 where it never does."""
-    few: int = _backend(packed).FEW_TOKENS
+def few_tokens(device_type: str, dtype: torch.dtype) -> int:
+    """Up to so many tokens of a dtype :func:`product` beats writing the matrix on such a device.
+
+    0 where it never does, and of a dtype for which its float32 sums are not enough.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return 0
+    few: int = (_forced or _backend_of(device_type)).few_tokens(dtype)
     return few
 
 

@@ -1,16 +1,20 @@
 """Every kernel as compiled CPU loops over rows, in parallel; see :mod:`loftq.kernels` for what each computes."""
 
+import sys
+
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 from torch import Tensor
 
-from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_unpack
+from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_tiles, cpu_tokens, cpu_unpack
 from loftq.kernels.reference import packed_row_bytes
 from loftq.kernels.simd_levels import WIDTHS
 from loftq.kernels.threads import for_rows
 
 _NONE = np.empty((0, 0), np.float32)
 _BITS_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_HAS_AMX = bool(llvm.get_host_cpu_features().get("amx-bf16"))
 _CHUNKS = 8  # of rows, summed apart in grad_product
 _SLAB = 64  # rows summed together in level_moments: fixed, so that the sum does not depend on the thread count
 
@@ -81,13 +85,21 @@ def dequantize(
     return out
 
 
-FEW_TOKENS = 4
-"""Up to so many tokens :func:`product` beats writing the matrix; see benchmarks/README.md."""
+_ROW_BY_ROW = 4  # up to so many tokens every row is multiplied as it is read
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """All: sums in registers beat the processor's matrix library, and the matrix is not written. Not where bfloat16 has
+    matrix units (AMX), which no loop here uses."""
+    return 16 if dtype == torch.bfloat16 and _HAS_AMX else sys.maxsize
 
 
 def product(
     x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Tensor:
+    stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
+    if x.shape[0] > _ROW_BY_ROW:
+        return cpu_tokens.product(cpu_tiles.product_strips, x, packed.shape[0], stored, block_size, x.shape[1])
     inputs = x.float()
     blocks = scale.shape[1]
     sums = _NONE
@@ -99,10 +111,9 @@ def product(
     chunked = inputs[:, :whole].unflatten(1, (-1, 16, 32 // bits)).transpose(2, 3).flatten(1) if whole else inputs
     out = torch.empty(x.shape[0], packed.shape[0])
     each = (0,) * max(1, 512 // bits // block_size)
-    stored = (WIDTHS[bits], each, _np(packed), _scales(scale), _rows_of(codebook), _scales(zero), block_size)
     given = (_np(inputs), _np(chunked), whole, sums, out.numpy())
     work = packed.shape[0] * inputs.numel() // 8  # of an element it takes an eighth of what writing it takes
-    for_rows(cpu_product.product_rows, packed.shape[0], work, *stored, *given)
+    for_rows(cpu_product.product_rows, packed.shape[0], work, stored[0], each, *stored[1:], block_size, *given)
     return out.to(x.dtype)
 
 
@@ -116,8 +127,10 @@ def grad_product(
     block_size: int,
     in_features: int,
 ) -> Tensor:
-    out = torch.empty(_CHUNKS, grad.shape[0], in_features)
     stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
+    if grad.shape[0] > _ROW_BY_ROW:
+        return cpu_tokens.product(cpu_tiles.grad_strips, grad, in_features, stored, block_size, in_features)
+    out = torch.empty(_CHUNKS, grad.shape[0], in_features)
     args = (*stored, block_size, _np(grad.float()), out.numpy())
     for_rows(cpu_product.grad_rows, _CHUNKS, grad.numel() * in_features, *args)
     return out.sum(0).to(grad.dtype)

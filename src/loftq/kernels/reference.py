@@ -73,7 +73,9 @@ def _at_least_float32(stored: Tensor) -> Tensor:
     return stored.to(torch.promote_types(stored.dtype, torch.float32))
 
 
-FEW_TOKENS = 0  # of a product that writes the matrix first
+def few_tokens(dtype: torch.dtype) -> int:
+    """None: the product writes the matrix first."""
+    return 0
 
 
 def product(

@@ -17,8 +17,13 @@ from torch import Tensor
 from loftq.kernels.triton_codes import load_codes, load_levels, load_per_group, load_step, load_values, load_within
 from loftq.kernels.triton_launch import handed_over, on_device, processors, tuned
 
-FEW_TOKENS = 16
-"""As many as a tile of the matrix units takes; beyond, the matrix is written once and multiplied by the vendor's kernels."""
+_TILE_TOKENS = 16  # of the matrix units
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """A tile of the matrix units; beyond, the matrix is written once and multiplied by the vendor's kernels."""
+    return _TILE_TOKENS
+
 
 # ROWS * K / 256 is the number of warps in all of them: a thread then has one group of a row at a time, as the packed
 # units are loaded, and nothing passes between threads. Unrolling keeps enough loads under way.
@@ -273,7 +278,7 @@ def _transposed(
     tl.store(target, total.to(out.dtype.element_ty), mask=(token < tokens)[:, None] & (column < n)[None, :])
 
 
-_MANY = {"TOKENS": FEW_TOKENS, "enable_fp_fusion": True}
+_MANY = {"TOKENS": _TILE_TOKENS, "enable_fp_fusion": True}
 
 
 def _parts(tiles: int, summed: int, tensor: Tensor) -> tuple[int, int]:
@@ -284,13 +289,13 @@ def _parts(tiles: int, summed: int, tensor: Tensor) -> tuple[int, int]:
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
-    return list(x.contiguous().split(FEW_TOKENS))
+    return list(x.contiguous().split(_TILE_TOKENS))
 
 
 def product(
     x: Tensor, packed: Tensor, scale: Tensor, codebook: Tensor, zero: Tensor | None, bits: int, block_size: int
 ) -> Tensor:
-    if x.shape[0] > FEW_TOKENS:
+    if x.shape[0] > _TILE_TOKENS:
         rest = (packed, scale, codebook, zero, bits, block_size)
         return torch.cat([product(chunk, *rest) for chunk in _chunks(x)])
     x = x.contiguous()
@@ -327,7 +332,7 @@ def grad_product(
     block_size: int,
     in_features: int,
 ) -> Tensor:
-    if grad.shape[0] > FEW_TOKENS:
+    if grad.shape[0] > _TILE_TOKENS:
         rest = (packed, scale, codebook, zero, bits, block_size, in_features)
         return torch.cat([grad_product(chunk, *rest) for chunk in _chunks(grad)])
     grad = grad.contiguous()

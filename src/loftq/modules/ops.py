@@ -2,13 +2,14 @@
 
     y = x Wᵀ,  dL/dx = dL/dy W,  W = dequantize(packed, scale, codebook, zero)
 
-On the CPU W exists a tile at a time, in a few megabytes that the next tile uses again, so that it is multiplied while it is
-in the cache and never written to memory: some of its rows for y, some of its columns for the gradient, whose sum over rows
-would otherwise be rounded between tiles. There is no gradient for the backbone: it is frozen.
+Where :func:`loftq.kernels.few_tokens` says so, on the CPU nearly always, the packed matrix is multiplied as it is.
+Elsewhere W is written and handed to torch's product: all of it on a GPU; on the CPU a tile at a time, in a few megabytes
+that the next tile uses again, so that it is multiplied while it is in the cache: some of its rows for y, some of its columns
+for the gradient, whose sum over rows would otherwise be rounded between tiles. There is no gradient for the backbone: it is
+frozen.
 
-For few tokens the packed matrix is multiplied as it is; how few, the device decides. The operators take the tensors as
-they are stored (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward pass are the layer's own
-buffers, not copies of them.
+The operators take the tensors as they are stored (:func:`loftq.codec.storage_layout`). What autograd keeps for the backward
+pass are the layer's own buffers, not copies of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from loftq import kernels
 from loftq.codec.scales import double_dequantize
 
 _memory = threading.local()
-TILE_BYTES = 8 << 20  # of the dense matrix, which is then multiplied out of the last-level cache
+TILE_BYTES = 8 << 20  # which is then multiplied out of the last-level cache
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -54,8 +55,7 @@ def workspace_bytes(shape: tuple[int, int], block_size: int, dtype: torch.dtype)
 
 
 def _few(x: Tensor, features: int) -> bool:
-    exact_enough = x.dtype in (torch.float32, torch.bfloat16, torch.float16)  # sums are float32
-    return exact_enough and 0 < x.numel() <= kernels.few_tokens(x) * features
+    return 0 < x.numel() <= kernels.few_tokens(x.device.type, x.dtype) * features
 
 
 def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loftq import kernels
 from loftq.errors import ConfigError, first_line
 from loftq.kernels import reference
 from loftq.modules import PackedModule, QuantExperts, ops
@@ -146,7 +147,7 @@ def simulate_step(
                 inputs["labels"] = ids
             known = [*model.parameters(), *model.buffers(), ids]
             casts = disable_input_dtype_casting(model, active=autocast is not None)  # as loftq.finetune.trainer does
-            with casts, LiveBytes(known, _dense_weight_on(device)) as count:
+            with casts, LiveBytes(known, packed_products_on(device)) as count:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     output = model(**inputs)
                 loss = output.loss if head else output[0].float().sum()
@@ -209,34 +210,45 @@ def _without_mask(model: nn.Module) -> None:
             config._attn_implementation = _ATTENTION  # type: ignore[union-attr]
 
 
-def _dense_weight_on(device: str) -> dict[Any, Callable[..., Any]]:
-    """What a product with a packed weight takes for its duration: the weight's dense copy, and scales in float32.
+def packed_products_on(device: str) -> dict[Any, Callable[..., Any]]:
+    """operation -> what a product with a packed weight takes for its duration: the dense copy, and scales in float32.
 
-    On the CPU the copy is in the workspace, see :func:`workspace_bytes`, and only 8-bit scales are turned into others.
+    On the CPU the factor and the product in another order instead, and a copy, if any, is in the workspace, see
+    :func:`workspace_bytes`; only 8-bit scales are turned into others.
     """
 
     def product(x: Tensor, packed: Tensor, *stored: Any) -> Any:
-        return dense(x, packed, *stored, x.shape[-1])
+        return dense(x, packed, *stored, x.shape[-1], packed.shape[0])
+
+    def grad_input(grad: Tensor, packed: Tensor, *stored: Any) -> Any:
+        return dense(grad, packed, *stored, stored[-1])
 
     def dense(x: Tensor, packed: Tensor, *stored: Any) -> Any:
-        scale, codebook, zero, absmax, offset, bits, block_size, columns = stored
+        scale, codebook, zero, absmax, offset, bits, block_size, columns, features = stored
         found = plain_scales(scale, absmax, offset)
         if device == "cpu":
-            return x.new_empty(0) if absmax is None else found
+            tokens = x.numel() // x.shape[-1]
+            regrouped = tokens <= kernels.few_tokens("cpu", x.dtype)
+            held = (torch.empty_like(x), x.new_empty(tokens, features, dtype=torch.float32)) if regrouped else ()
+            return held if absmax is None else (*held, found)
         floats = found.float(), codebook.float(), None if zero is None else zero.float()
         return floats, reference.dequantize(packed, *floats, bits, block_size, columns).to(x.dtype)
 
-    return {torch.ops.loftq.packed_linear.default: product, torch.ops.loftq.packed_linear_grad_input.default: dense}
+    return {
+        torch.ops.loftq.packed_linear.default: product,
+        torch.ops.loftq.packed_linear_grad_input.default: grad_input,
+    }
 
 
-def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> int:
-    """The memory that packed layers share on the CPU: the largest tile in ``dtype``, that of the products; see
-    :mod:`loftq.modules.ops`."""
+def workspace_bytes(model: nn.Module, device: str, dtype: torch.dtype, tokens: int) -> int:
+    """The memory that packed layers share on the CPU: the largest tile in ``dtype``, that of the products, if there are so
+    many tokens that a tile is written; see :mod:`loftq.modules.ops`."""
+    if device != "cpu" or tokens <= kernels.few_tokens("cpu", dtype):
+        return 0
     shapes = [
         (shape, spec.block_size)
         for module in model.modules()
         if isinstance(module, PackedModule) and not isinstance(module, nn.Embedding)
         for shape, spec in module.packed_matrices
     ]
-    largest = max((ops.workspace_bytes(*each, dtype) for each in shapes), default=0)
-    return largest if device == "cpu" else 0
+    return max((ops.workspace_bytes(*each, dtype) for each in shapes), default=0)

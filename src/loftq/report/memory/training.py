@@ -167,7 +167,7 @@ def predict_training(
     trainable = [p for p in model.parameters() if p.requires_grad]
     grown = sum(p.nbytes for p in trainable)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    workspace = workspace_bytes(model, setup.device, source_dtype(config, setup.dtype))
+    workspace = workspace_bytes(model, setup.device, source_dtype(config, setup.dtype), setup.batch_size * setup.length)
     try:
         step = step_of(model)
     except ConfigError:  # some models compute with their mask whether or not attention needs one
