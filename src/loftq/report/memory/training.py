@@ -20,8 +20,10 @@
   element of A and B, which autocast casts. The loss adds 4 T V for a vocabulary of V, which dominates small models. With
   gradient checkpointing a layer leaves its input alone, 4 T h.
 - transient: what the peak has beyond that: gradients; logits, their gradient and the softmax's; one layer again with
-  checkpointing; a dense copy of one packed matrix; or, if that takes more, all gradients and AdamW's temporaries.
-- workspace: on the CPU the largest tile of a packed matrix in the dtype of the products, 8 MiB at most.
+  checkpointing; while a packed matrix is multiplied, its dense copy on a GPU, inputs and results in another order on the
+  CPU; or, if that takes more, all gradients and AdamW's temporaries.
+- workspace: where a CPU's products are handed to torch (bfloat16 with AMX, float64), the largest tile of a packed matrix,
+  8 MiB at most.
 
 Activations and the peak are counted for any architecture, by :mod:`loftq.report.memory.simulate`; the formulas say what
 they consist of, and a test holds them against the count, to the byte. Autocast is counted by its rules on the CPU; on a GPU
