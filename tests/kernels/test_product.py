@@ -67,7 +67,7 @@ def test_gradient_equals_the_dense_product(rows, n, block_size, bits, with_zero,
     assert close(kernels.grad_product(grad, *operands, n), grad.double() @ dense, terms)
 
 
-@pytest.mark.parametrize("tokens", [5, 16, 17, 31, 33, 70])
+@pytest.mark.parametrize("tokens", [5, 17, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @zeros
 @widths
@@ -95,12 +95,12 @@ def test_many_tokens(rows, n, block_size, bits, with_zero, dtype, tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_token_does_not_depend_on_the_others(dtype):
-    """Those of a group that is filled up are what they are in a full group."""
+    """In a group that is full or not, or among more tokens than are in their own order at once."""
     operands, _ = packed_matrix(*SHAPES["threaded"], 3, with_zero=True)
-    x = torch.randn(40, SHAPES["threaded"][1]).to(dtype)
+    x = torch.randn(300, SHAPES["threaded"][1]).to(dtype)
     everything = kernels.product(x, *operands)
-    assert torch.equal(kernels.product(x[:7], *operands), everything[:7])
-    assert torch.equal(kernels.product(x[3:36], *operands), everything[3:36])
+    for part in (slice(7), slice(3, 19), slice(3, 36), slice(250, 300)):
+        assert torch.equal(kernels.product(x[part], *operands), everything[part])
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

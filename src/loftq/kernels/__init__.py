@@ -38,6 +38,9 @@ __all__ = [
     "unpack",
 ]
 
+TOKENS_AT_ONCE = 256
+"""So many the CPU's product has in an order of its own, and their float32 sums: what the second-level cache holds."""
+
 # Device types that Triton compiles for; torch calls ROCm's devices "cuda" too.
 _TRITON_DEVICES = ("cuda", "xpu")
 _forced: ModuleType | None = None

@@ -10,10 +10,10 @@ from torch import Tensor
 from loftq.kernels import cpu_feedback, cpu_fit, cpu_pack, cpu_product, cpu_tiles, cpu_tokens, cpu_unpack
 from loftq.kernels.reference import packed_row_bytes
 from loftq.kernels.simd_levels import WIDTHS
+from loftq.kernels.simd_tiles import BFLOAT16
 from loftq.kernels.threads import for_rows
 
 _NONE = np.empty((0, 0), np.float32)
-_BITS_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _HAS_AMX = bool(llvm.get_host_cpu_features().get("amx-bf16"))
 _CHUNKS = 8  # of rows, summed apart in grad_product
 _SLAB = 64  # rows summed together in level_moments: fixed, so that the sum does not depend on the thread count
@@ -75,10 +75,10 @@ def dequantize(
     columns = slice(begin * block_size, min(end * block_size, in_features))
     if out is None:
         out = torch.empty(packed.shape[0], columns.stop - columns.start, dtype=dtype)
-    if dtype not in _BITS_AS:
+    if dtype not in cpu_tokens.BITS_AS:
         whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
         return out.copy_(whole)
-    target = out.view(_BITS_AS[dtype]).numpy()
+    target = out.view(cpu_tokens.BITS_AS[dtype]).numpy()
     stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
     args = (*stored, block_size, in_features, begin, end, target)
     for_rows(cpu_unpack.dequantize_rows, packed.shape[0], out.numel(), *args)
@@ -89,9 +89,11 @@ _ROW_BY_ROW = 4  # up to so many tokens every row is multiplied as it is read
 
 
 def few_tokens(dtype: torch.dtype) -> int:
-    """All: sums in registers beat the processor's matrix library, and the matrix is not written. Not where bfloat16 has
-    matrix units (AMX), which no loop here uses."""
-    return 16 if dtype == torch.bfloat16 and _HAS_AMX else sys.maxsize
+    """All of float32: sums in registers beat torch's, and the matrix is not written. Products of bfloat16 are as fast as
+    writing the matrix where it is large, faster below; with matrix units (AMX), which no loop here uses, only the smallest."""
+    if dtype == torch.bfloat16:
+        return 16 if _HAS_AMX else 256 if BFLOAT16 else sys.maxsize
+    return sys.maxsize
 
 
 def product(

@@ -5,8 +5,9 @@ Arguments as in :mod:`loftq.kernels.cpu_unpack`. A piece has ``STRIP`` rows and 
 over pieces are added in the order of the pieces, whatever the number of threads.
 
 ``x`` is flat: one group of tokens after the other, of each ``[k, t]`` with the features k that are summed over and tokens t,
-16 · VECTORS of them and at the end 16. So is ``out``: ``[feature, t]``, features filled up to a multiple of ``HEIGHT``. With
-``share`` = (0,) the numbers of x are float32; with (0, 0) they are int32, two bfloat16 that follow each other along k.
+16 · VECTORS of them and at the end 16; tokens are filled up to a multiple of 16 with zeros. So is ``out``: ``[feature, t]``,
+features filled up to a multiple of ``HEIGHT``. With ``share`` = (0,) the numbers of x are float32; with (0, 0) they are
+int32, two bfloat16 that follow each other along k.
 """
 
 import numba
@@ -15,7 +16,7 @@ import numpy as np
 from loftq.kernels.cpu_unpack import OPTIONS, code_at
 from loftq.kernels.simd import add16, load16, multiply16, prefetch, scale_at, spread16, store16
 from loftq.kernels.simd_levels import codes16, levels16
-from loftq.kernels.simd_tiles import HEIGHT, HEIGHTS, MANY, ONE, VECTORS, multiply_tile, store_pairs16
+from loftq.kernels.simd_tiles import HEIGHT, HEIGHTS, MANY, ONE, VECTORS, multiply_tile, store_pairs16, transpose16
 
 STRIP, PIECE = 64, 256
 _AHEAD = 8  # rows
@@ -135,3 +136,54 @@ def _pair_rows(written, piece, rows):
             lower = load16(written, 2 * pair * STRIP + i)
             upper = load16(written, (2 * pair + 1) * STRIP + i)
             store_pairs16(piece, pair * STRIP + i, lower, upper)
+
+
+@numba.njit(inline="always")
+def _place(token, tokens, length):
+    """Where the sixteen tokens from ``token`` on begin in a flat array, and how far apart their features are."""
+    many = (tokens + 15) // 16 // VECTORS * (16 * VECTORS)
+    if token < many:
+        group = token // (16 * VECTORS) * (16 * VECTORS)
+        return group * length + token - group, 16 * VECTORS
+    return token * length, 16
+
+
+@numba.njit(**OPTIONS)
+def group_columns(first, last, x, flat):
+    """(tokens, k) to the order of the groups, for the k of the sixteens from ``first`` to ``last``."""
+    tokens, length = x.shape
+    source = x.reshape(-1)
+    for token in range(0, tokens, 16):
+        at, pitch = _place(token, tokens, length)
+        for k in range(first * 16, min(last * 16, length), 16):
+            if token + 16 <= tokens and k + 16 <= length:
+                transpose16(source, token * length + k, length, flat, at + k * pitch, pitch)
+            else:
+                for i in range(k, min(k + 16, length)):
+                    for t in range(16):
+                        inside = token + t < tokens
+                        flat[at + i * pitch + t] = x[token + t, i] if inside else flat.dtype.type(0)
+
+
+@numba.njit(**OPTIONS)
+def ungroup_columns(first, last, flat, padded, out):
+    """The inverse for sums, rounded to the dtype of ``out`` (tokens, features), see :func:`store16`."""
+    tokens, features = out.shape
+    square = np.empty(256, np.float32)
+    lanes = np.empty(16, out.dtype)
+    for token in range(0, tokens, 16):
+        at, pitch = _place(token, tokens, padded)
+        for feature in range(first * 16, min(last * 16, features), 16):
+            if feature + 16 <= padded:
+                transpose16(flat, at + feature * pitch, pitch, square, 0, 16)
+            else:
+                for t in range(16):
+                    for i in range(padded - feature):
+                        square[t * 16 + i] = flat[at + (feature + i) * pitch + t]
+            for t in range(min(16, tokens - token)):
+                if feature + 16 <= features:
+                    store16(out[token + t], feature, load16(square, t * 16))
+                else:
+                    store16(lanes, 0, load16(square, t * 16))
+                    for i in range(features - feature):
+                        out[token + t, feature + i] = lanes[i]

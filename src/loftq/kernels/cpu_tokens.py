@@ -1,67 +1,41 @@
-"""Products of many tokens with a packed matrix on the CPU: tokens in the order of :mod:`loftq.kernels.cpu_tiles` and back."""
+"""Products of many tokens with a packed matrix on the CPU, by the loops of :mod:`loftq.kernels.cpu_tiles`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loftq.kernels.simd_tiles import BFLOAT16, HEIGHT, VECTORS
+from loftq.kernels import TOKENS_AT_ONCE
+from loftq.kernels.cpu_tiles import group_columns, ungroup_columns
+from loftq.kernels.simd_tiles import BFLOAT16, HEIGHT
 from loftq.kernels.threads import for_rows
 
-_GROUP = 16 * VECTORS
-_FEATURES = 16  # that a thread works on at least: a vector of codes
-
-
-def _groups(tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, groups, tokens of each) of parts whose groups are of one size; the last group may not be full."""
-    padded = -(-tokens // 16) * 16
-    many = padded // _GROUP
-    if many:
-        yield 0, many, _GROUP
-    if padded > many * _GROUP:
-        yield many * _GROUP, (padded - many * _GROUP) // 16, 16
-
-
-def by_groups(x: Tensor) -> Tensor:
-    """(tokens, k) -> (k * tokens,), of one group after the other ``[k, t]``; tokens are filled up to 16 with zeros."""
-    tokens, length = x.shape
-    flat = x.new_empty(-(-tokens // 16) * 16 * length)
-    for first, groups, size in _groups(tokens):
-        part = flat[first * length :][: groups * size * length].view(groups, length, size)
-        missing = first + groups * size - tokens
-        own = (
-            torch.nn.functional.pad(x[first:], (0, 0, 0, missing)) if missing > 0 else x[first : first + groups * size]
-        )
-        part.copy_(own.view(groups, size, length).transpose(1, 2))
-    return flat
-
-
-def from_groups(flat: Tensor, padded: int, out: Tensor) -> Tensor:
-    """The inverse: (padded * tokens,) -> the (tokens, features) of ``out``, in its dtype."""
-    tokens, features = out.shape
-    for first, groups, size in _groups(tokens):
-        part = flat[first * padded :][: groups * size * padded].view(groups, padded, size)[:, :features].transpose(1, 2)
-        whole = (tokens - first) // size
-        out[first : first + whole * size].view(whole, size, features).copy_(part[:whole])
-        if whole < groups:
-            own = out[first + whole * size :]
-            own.copy_(part[whole, : own.shape[0]])
-    return out
+BITS_AS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+"""dtype -> the one that compiled loops know its numbers by."""
 
 
 def product(
     loop: Callable[..., Any], x: Tensor, features: int, stored: tuple[Any, ...], block_size: int, n: int
 ) -> Tensor:
-    """(tokens, k) -> (tokens, features) by one of the loops.
+    """(tokens, k) -> (tokens, features) by one of the loops, :data:`loftq.kernels.TOKENS_AT_ONCE` at a time.
 
     ``stored``: width, packed, scale, tables and zero as it takes them.
     """
-    width, packed, *arrays = stored
     out = x.new_empty(x.shape[0], features)
+    for part, found in zip(x.split(TOKENS_AT_ONCE), out.split(TOKENS_AT_ONCE), strict=True):
+        _product(loop, part, found, stored, block_size, n)
+    return out
+
+
+def _product(
+    loop: Callable[..., Any], x: Tensor, out: Tensor, stored: tuple[Any, ...], block_size: int, n: int
+) -> None:
+    width, packed, *arrays = stored
+    features = out.shape[1]
     share: tuple[int, ...] = (0,)
     cells: np.dtype[Any] = np.dtype(np.float32)
     if x.dtype == torch.bfloat16 and BFLOAT16:
@@ -69,9 +43,14 @@ def product(
         x = torch.nn.functional.pad(x, (0, x.shape[1] % 2)).contiguous().view(torch.int32)
     else:
         x = x.float().contiguous()
+    tokens, length = x.shape
+    tokens = -(-tokens // 16) * 16
     padded = -(-features // HEIGHT) * HEIGHT
-    sums = torch.zeros(-(-x.shape[0] // 16) * 16 * padded)
-    given = (by_groups(x).numpy(), x.shape[1], np.empty(0, cells), sums.numpy(), padded)
-    work = packed.shape[0] * n * (1 + x.shape[0] // 16)  # sixteen tokens take as long as writing the matrix does
-    for_rows(loop, -(-features // _FEATURES), work, width, share, packed, *arrays, block_size, n, *given)
-    return from_groups(sums, padded, out)
+    grouped, sums = x.new_empty(tokens * length), torch.zeros(tokens * padded)
+    for_rows(group_columns, -(-length // 16), x.numel(), x.numpy(), grouped.numpy())
+    given = (grouped.numpy(), length, np.empty(0, cells), sums.numpy(), padded)
+    work = packed.shape[0] * n * (1 + tokens // 16)  # sixteen tokens take as long as writing the matrix does
+    for_rows(loop, -(-features // 16), work, width, share, packed, *arrays, block_size, n, *given)
+    for_rows(
+        ungroup_columns, -(-features // 16), out.numel(), sums.numpy(), padded, out.view(BITS_AS[out.dtype]).numpy()
+    )

@@ -1,4 +1,4 @@
-"""One small matrix product whose sums stay in registers: what the loops of :mod:`loftq.kernels.cpu_tiles` repeat.
+"""A small matrix product whose sums stay in registers, and a small transpose: what :mod:`loftq.kernels.cpu_tiles` repeats.
 
     out[j, t] += sum over k of a[j, k] x[k, t],  j < height,  t < 16 · vectors
 
@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from loftq.kernels.simd import FLOATS, INTS, LANES, floats16, load, pointer, spread
+from loftq.kernels.simd import FLOATS, INTS, LANES, constant, floats16, load, pointer, spread
 from loftq.kernels.simd_levels import PERMUTATION
 
 _F32, _I64, _I32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
@@ -108,6 +108,36 @@ def _added(builder: Any, pairs: bool, factor: Any, inputs: Any, total: Any) -> A
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32")
     return builder.call(function, [factor, inputs, total])
+
+
+@intrinsic
+def transpose16(
+    typingctx: Any, source: Any, at: Any, pitch: Any, target: Any, target_at: Any, target_pitch: Any
+) -> Any:
+    """``target[target_at + target_pitch i + j] = source[at + pitch j + i]`` for i, j < 16, of arrays of 32 bits a number.
+
+    Halves of rows are exchanged between the two rows whose numbers differ in one bit, for every bit.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source, at, pitch, target, target_at, target_pitch = args
+
+        def place(kind: Any, array: Any, first: Any, pitch: Any, i: int) -> Any:
+            return pointer(context, builder, kind, array, builder.add(first, builder.mul(pitch, _I64(i))), INTS)
+
+        rows = [load(builder, place(signature.args[0], source, at, pitch, j), 4) for j in range(LANES)]
+        for bit in (8, 4, 2, 1):
+            low = constant([lane if not lane & bit else lane - bit + LANES for lane in range(LANES)])
+            high = constant([lane + bit if not lane & bit else lane + LANES for lane in range(LANES)])
+            for j in (j for j in range(LANES) if not j & bit):
+                pair = rows[j], rows[j | bit]
+                rows[j], rows[j | bit] = (builder.shuffle_vector(*pair, part) for part in (low, high))
+        for i in range(LANES):
+            stored = builder.store(rows[i], place(signature.args[3], target, target_at, target_pitch, i))
+            stored.align = 4
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -229,7 +229,8 @@ def packed_products_on(device: str) -> dict[Any, Callable[..., Any]]:
         if device == "cpu":
             tokens = x.numel() // x.shape[-1]
             regrouped = tokens <= kernels.few_tokens("cpu", x.dtype)
-            held = (torch.empty_like(x), x.new_empty(tokens, features, dtype=torch.float32)) if regrouped else ()
+            at_once = min(tokens, kernels.TOKENS_AT_ONCE) if regrouped else 0
+            held = x.new_empty(at_once, x.shape[-1]), x.new_empty(at_once, features, dtype=torch.float32)
             return held if absmax is None else (*held, found)
         floats = found.float(), codebook.float(), None if zero is None else zero.float()
         return floats, reference.dequantize(packed, *floats, bits, block_size, columns).to(x.dtype)

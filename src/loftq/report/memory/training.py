@@ -22,8 +22,8 @@
 - transient: what the peak has beyond that: gradients; logits, their gradient and the softmax's; one layer again with
   checkpointing; while a packed matrix is multiplied, its dense copy on a GPU, inputs and results in another order on the
   CPU; or, if that takes more, all gradients and AdamW's temporaries.
-- workspace: where a CPU's products are handed to torch (bfloat16 with AMX, float64), the largest tile of a packed matrix,
-  8 MiB at most.
+- workspace: where a CPU's products are handed to torch (many tokens of bfloat16, float64), the largest tile of a packed
+  matrix, 8 MiB at most.
 
 Activations and the peak are counted for any architecture, by :mod:`loftq.report.memory.simulate`; the formulas say what
 they consist of, and a test holds them against the count, to the byte. Autocast is counted by its rules on the CPU; on a GPU
