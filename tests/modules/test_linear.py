@@ -75,6 +75,31 @@ def test_few_tokens_have_one_rounding(spec, dtype, tokens):
         assert bool(((found.double() - exact).abs() <= half_ulp * exact.abs() + 2e-6 * terms).all())
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "direct"])
+def test_no_tokens(shape, recorded):
+    packed, dense = pair(QuantSpec(4))
+    x = torch.randn(*shape, 200, requires_grad=recorded)
+    with torch.set_grad_enabled(recorded):
+        y = packed(x)
+        assert y.shape == dense(x).shape
+    if recorded:
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 199), torch.float32), ((9, 199), torch.float32), ((9, 300), torch.float32), ((9, 200), torch.int64)],
+    ids=["few", "narrow", "wide", "integers"],
+)
+def test_an_input_of_another_kind_is_refused(shape, dtype):
+    """199 numbers take as many bytes and blocks as 200, and codes beyond a row are another's."""
+    packed, _ = pair(QuantSpec(4))
+    with pytest.raises(WeightError, match=r"got an input of shape .*, expected floating-point numbers of shape"):
+        packed(torch.ones(shape, dtype=dtype))
+
+
 def test_weight_is_the_packed_buffer():
     packed, _ = pair(QuantSpec(2))
     assert isinstance(packed, nn.Linear)

@@ -110,7 +110,7 @@ def _linear(
     matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
     tokens = x.reshape(-1, n)
     product = kernels.product(tokens, *matrix) if _few(x, n) else _times_transposed(tokens, matrix)
-    return product.view(*x.shape[:-1], -1)
+    return product.view(*x.shape[:-1], packed.shape[0])  # not -1, which no rows leave undecided
 
 
 packed_linear = torch.library.custom_op("loftq::packed_linear", _linear, mutates_args=())
