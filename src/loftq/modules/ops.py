@@ -184,10 +184,11 @@ def packed_rows(
     in_features: int,
 ) -> Tensor:
     """The dense (n, in) float32 rows of the matrix whose indices ``rows`` (n,) lists: an embedding look-up."""
-    scale = plain_scales(scale, absmax, offset)[rows]  # groups of 8-bit scales run across rows
-    zero = None if zero is None else zero[rows]
-    codebook = codebook if codebook.dim() == 1 else codebook[rows]
-    return kernels.dequantize(packed[rows], scale, codebook, zero, bits, block_size, in_features)
+    # not packed[rows], which would count a negative index from the end
+    scale = plain_scales(scale, absmax, offset).index_select(0, rows)  # groups of 8-bit scales run across rows
+    zero = None if zero is None else zero.index_select(0, rows)
+    codebook = codebook if codebook.dim() == 1 else codebook.index_select(0, rows)
+    return kernels.dequantize(packed.index_select(0, rows), scale, codebook, zero, bits, block_size, in_features)
 
 
 @packed_rows.register_fake
