@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from loftq import QuantLinear, QuantSpec, WeightError
 from loftq.codec import storage_layout
 from loftq.modules import ops
+from torch_defaults import DEFAULTS, torch_default
 
 SPECS = [
     QuantSpec(2),
@@ -98,6 +99,30 @@ def test_an_input_of_another_kind_is_refused(shape, dtype):
     packed, _ = pair(QuantSpec(4))
     with pytest.raises(WeightError, match=r"got an input of shape .*, expected floating-point numbers of shape"):
         packed(torch.ones(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("default", DEFAULTS, ids=str)
+@pytest.mark.parametrize("codebook", ["lloyd", "uniform"])
+def test_defaults_of_torch_do_not_matter(default, codebook):
+    """Loops that write vectors into memory of another dtype would write beyond it."""
+    source = nn.Linear(200, 48)
+    inputs = [torch.randn(tokens, 200, requires_grad=True) for tokens in (2, 9)]
+
+    def results():
+        packed = QuantLinear.from_linear(source, QuantSpec(4, codebook))
+        found = [packed.dequantize(), packed.quantized.codes()]
+        for x in inputs:
+            x.grad = None
+            y = packed(x)
+            y.square().sum().backward()
+            found += [y.detach(), x.grad]
+        return found
+
+    expected = results()
+    with torch_default(default):
+        found = results()
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_weight_is_the_packed_buffer():

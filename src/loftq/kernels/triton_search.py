@@ -248,7 +248,7 @@ def search_scale(
     block_size: int,
 ) -> Tensor:
     total, blocks, held, grid = _tiles(weight, block_size)
-    scale = torch.empty(weight.shape[0], blocks, device=weight.device)
+    scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
@@ -275,7 +275,7 @@ def search_affine(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     total, blocks, held, grid = _tiles(weight, block_size)
-    scale = torch.empty(weight.shape[0], blocks, device=weight.device)
+    scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     zero = torch.empty_like(scale)
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)

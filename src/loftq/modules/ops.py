@@ -34,7 +34,7 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     needed = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_memory, "held", None)
     if held is None or held.numel() < needed:
-        held = _memory.held = torch.empty(needed, dtype=torch.uint8)
+        held = _memory.held = torch.empty(needed, dtype=torch.uint8, device="cpu")
     return held[:needed].view(dtype).view(rows, columns)
 
 

@@ -177,8 +177,8 @@ def _factors(lowrank: Adapter | None, weight: Tensor, rank: int, scaling: float,
     """A (r, in), B (out, r) with scaling * B A = L; what L does not fill starts as in PEFT."""
     out_features, in_features = weight.shape
     fitted = 0 if lowrank is None else lowrank.left.shape[1]
-    lora_A = torch.empty(rank, in_features)
-    lora_B = torch.zeros(out_features, rank, device=weight.device)
+    lora_A = torch.empty(rank, in_features, dtype=torch.float32, device="cpu")
+    lora_B = weight.new_zeros(out_features, rank)
     if fitted < rank:
         # PEFT's default: kaiming_uniform with a = sqrt(5), that is uniform in ±1/sqrt(in)
         generator = torch.Generator("cpu").manual_seed(seed)
