@@ -13,6 +13,7 @@ cells, filled up with infinities. What is left of a row that does not divide by 
 import numba
 import numpy as np
 
+from loftq.kernels.reference import TINY
 from loftq.kernels.simd import (
     add16,
     divide16,
@@ -28,6 +29,7 @@ from loftq.kernels.simd import (
 )
 from loftq.kernels.simd_levels import levels16, nearest16, store_codes16
 
+_TINY = np.float32(TINY)
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -99,8 +101,8 @@ def search_scale_rows(first, last, width, weight, importance, tables, borders, f
             counts = _block(importance, begin, n, padded_counts)
             low, high = _range(block, n)
             base = max(high, -low) / top
-            if base == 0:
-                scale[r, b] = 0
+            if base < _TINY:
+                scale[r, b] = base
                 continue
             best = base
             best_score = np.float32(np.inf)
@@ -143,6 +145,12 @@ def _line(width, block, counts, n, slope, offset, table, border, levels, total, 
     return found, mean - found * middle, above * found
 
 
+@numba.njit(inline="always")
+def _constant(value, step):
+    """Scale and zero of a block that is one number."""
+    return abs(value) / step, np.float32(1) if value > 0 else np.float32(-1) if value < 0 else np.float32(0)
+
+
 @numba.njit(**_OPTIONS)
 def search_affine_rows(
     first, last, width, weight, importance, tables, borders, factors, refine, block_size, scale, zero
@@ -164,8 +172,7 @@ def search_affine_rows(
             counts = _block(importance, begin, n, padded_counts)
             low, high = _range(block, n)
             if high == low:
-                scale[r, b] = abs(low) / table[1]
-                zero[r, b] = np.float32(1) if low > 0 else np.float32(-1) if low < 0 else np.float32(0)
+                scale[r, b], zero[r, b] = _constant(low, table[1])
                 continue
             sum_counts = spread16(np.float32(0))
             sum_block = sum_counts
@@ -197,6 +204,9 @@ def search_affine_rows(
                     best_score = score
                     best_slope = s
                     best_offset = o
+            if best_slope == 0:  # its numbers are too close together for float32 to tell their levels apart
+                scale[r, b], zero[r, b] = _constant(middle, table[1])
+                continue
             scale[r, b] = best_slope
             zero[r, b] = best_offset / (best_slope * table[1])
 
