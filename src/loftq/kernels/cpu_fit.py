@@ -27,15 +27,10 @@ from loftq.kernels.simd import (
     subtract16,
     sum16,
 )
-from loftq.kernels.simd_levels import levels16, nearest16, store_codes16
+from loftq.kernels.simd_levels import levels16, nearest16, row_of, store_codes16
 
 _TINY = np.float32(TINY)
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-
-
-@numba.njit(inline="always")
-def _own(levels, r):
-    return levels[min(r, levels.shape[0] - 1)]
 
 
 @numba.njit(inline="always")
@@ -90,7 +85,7 @@ def search_scale_rows(first, last, width, weight, importance, tables, borders, f
     in_features = weight.shape[1]
     padded_block, padded_counts = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         top = np.float32(0)
         for k in range(1 << len(width)):
             top = max(top, abs(table[k]))
@@ -163,7 +158,7 @@ def search_affine_rows(
     levels = np.empty(block_size, np.float32)
     padded_block, padded_counts = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         span = table[(1 << len(width)) - 1] - table[0]
         for b in range(scale.shape[1]):
             begin = b * block_size
@@ -218,7 +213,7 @@ def encode_rows(first, last, width, weight, scale, zero, tables, borders, block_
     has_zero = zero.shape[0] > 0
     padded, found = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         middle = np.argmin(np.abs(table[: 1 << len(width)]))
         for b in range(scale.shape[1]):
             begin = b * block_size
