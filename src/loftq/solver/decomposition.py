@@ -130,7 +130,7 @@ def decompose(
         found.append(search.run(steps))
     if chosen.candidates:
         judge = Search(weight, spec, rank, chosen, goal, svd, seed)
-        scores = [s.errors[s.best_iter] if goal.factor is None else judge.objective(s.dense()) for s in found]
+        scores = [s.errors[s.best_iter] if goal.factor is None else judge.objective(weight - s.dense()) for s in found]
         best = min(range(len(found)), key=scores.__getitem__)
         found[best].objectives[found[best].best_iter] = scores[best]
         names, found = (names[best],), [found[best]]
