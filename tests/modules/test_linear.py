@@ -225,6 +225,17 @@ def test_compile_without_graph_breaks(spec):
     assert x.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_traced_without_gradients(tokens):
+    """A trace sees the operator, not memory that the kernels fill behind its back."""
+    packed, _ = pair(QuantSpec(4))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: packed(x), torch.randn(tokens, 200), check_trace=False)
+        x = torch.randn(tokens, 200)
+        assert torch.equal(traced(x), packed(x))
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_the_backward_pass_keeps_buffers_and_no_copies(spec):
     """Scales in float32 for every layer until its backward pass would take 0.4 GB in a model of 7 billion weights."""
