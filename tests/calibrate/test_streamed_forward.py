@@ -22,7 +22,7 @@ from test_pipeline import write_llama
 from tiny import CLASSES, MIXTURES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = [name for name in CLASSES if name not in MIXTURES]  # experts: see test_mixtures.py
+NAMES = [name for name in CLASSES if name not in MIXTURES]  # experts: see test_experts.py
 
 
 def random_tokens(rows: int = 5, length: int = 12, seed: int = 3, vocabulary: int = 96) -> CalibrationTokens:

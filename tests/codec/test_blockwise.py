@@ -263,6 +263,27 @@ def test_uniform_keeps_almost_constant_blocks_finite(spec, spread):
     assert difference <= 2 * ROUNDING[spec.scale_dtype] + 10 * spread, f"largest error {difference:.2e}"
 
 
+@pytest.mark.parametrize("constant", [1.0, -0.37])
+@specs(codebooks=("uniform",))
+def test_uniform_keeps_numbers_that_are_neighbours_in_float32(spec, constant):
+    """One of them differs in its last bit."""
+    weight = torch.full((2, 128), constant)
+    weight[0, 5] = weight[0, 5].nextafter(torch.tensor(0.0))
+    difference = float((quantize(weight, spec).dequantize() / constant - 1).abs().max())
+    assert difference <= 2 * ROUNDING[spec.scale_dtype] + 2**-22, f"relative difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1e-39])
+@specs(scale_dtypes=("float16", "float32"))
+def test_a_block_of_denormal_numbers_among_others(spec, largest):
+    weight = gaussian(3, 192)
+    weight[1, 64:128] *= largest / weight[1, 64:128].abs().max()
+    value = quantize(weight, spec).dequantize()
+    assert bool(value.isfinite().all())
+    found = float(value[1, 64:128].abs().max())
+    assert found <= 1e-29, f"largest {found:.1e}"
+
+
 @pytest.mark.parametrize("value", [0.3, -1e8])
 @specs()
 def test_single_element(spec, value):

@@ -140,3 +140,20 @@ def test_state_dict_without_a_tensor_is_refused(weight):
     state = quantize(weight, QuantSpec()).state_dict("a.")
     with pytest.raises(WeightError, match=r"weight is missing.*weight_codebook is missing.*weight_scale is missing"):
         QuantizedTensor.from_state_dict(state, QuantSpec(), (6, 200), "b.")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(5, 69), torch.empty(4, 70), torch.empty(5, 70, dtype=torch.bfloat16), torch.empty(70, 5).T],
+    ids=["narrow", "few rows", "dtype", "transposed"],
+)
+def test_memory_of_another_form_is_refused(out):
+    """The loops write where contiguous rows of the right width would be."""
+    quantized = quantize(torch.randn(5, 70), QuantSpec(4))
+    with pytest.raises(
+        WeightError, match=r"out is .*, expected contiguous memory of torch\.float32 and shape \(5, 70\)"
+    ):
+        quantized.dequantize(out=out)
+    memory = torch.empty(5, 70)
+    assert quantized.dequantize(out=memory) is memory
+    assert torch.equal(memory, quantized.dequantize())

@@ -200,6 +200,45 @@ def test_search_affine(bits, rows, n, block_size, weighted):
         assert_same_choices(compiled[0], defined[0])
 
 
+def tiny_weight(rows: int = 4, n: int = 100, block_size: int = 32) -> Tensor:
+    """Blocks of denormal numbers, and of one number beside zeros, among Gaussian ones."""
+    weight = random_weight(rows, n)
+    weight[0, :block_size] *= 1e-39
+    weight[-1, block_size:] = 0
+    weight[-1, block_size] = 1e-42
+    return weight
+
+
+@widths
+def test_search_scale_of_denormal_blocks(bits):
+    """They keep the scale of their largest number: the reciprocal of another one might overflow."""
+    weight, levels = tiny_weight(), codebook("nf", bits)
+    args = (levels, thresholds(levels), torch.cat([FACTORS, -FACTORS]), 1, 32)
+    for found in (kernels.search_scale(weight, *args), reference.search_scale(weight, torch.ones(100), *args)):
+        assert bool(found.isfinite().all()), found
+        assert torch.equal(found[0, 0], weight[0, :32].abs().max())
+        assert torch.equal(found[-1, 1:], torch.tensor([weight[-1, 32], 0.0, 0.0]))
+
+
+@widths
+def test_search_affine_of_what_float32_cannot_tell_apart(bits):
+    weight, levels = tiny_weight(), codebook("uniform", bits)
+    weight[1] = 1.0
+    weight[1, 3] = 1 - 2**-24
+    args = (levels, thresholds(levels), FACTORS, 2, 32)
+    for scale, zero in (
+        kernels.search_affine(weight, *args),
+        reference.search_affine(weight, torch.ones(100), *args),
+    ):
+        assert bool(scale.isfinite().all()), scale
+        assert bool(zero.isfinite().all()), zero
+        value = reference.dequantize(
+            kernels.pack(kernels.encode(weight, scale, zero, *args[:2], 32), bits), scale, levels, zero, bits, 32, 100
+        )
+        assert float((value - weight)[1].abs().max()) <= 2**-22
+        assert float((value - weight)[0, :32].abs().max()) <= 1e-38
+
+
 def test_search_finds_the_scale_of_a_representable_block():
     levels = codebook("nf", 4)
     scale = torch.tensor([[0.37, -2.5]])

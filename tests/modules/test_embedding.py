@@ -33,3 +33,22 @@ def test_casting_changes_the_output_only():
 def test_other_layers_are_refused():
     with pytest.raises(WeightError, match=r"expected a dense torch\.nn\.Embedding"):
         QuantEmbedding.from_embedding(nn.Linear(4, 4), QuantSpec(4))
+
+
+@pytest.mark.parametrize("index", [-1, 50])
+@pytest.mark.parametrize("codebook", ["lloyd", "lloyd-channel", "uniform"])
+def test_an_index_beyond_the_table_is_refused(codebook, index):
+    """-1, or -100 as labels have it, is no row counted from the end."""
+    source = nn.Embedding(50, 64)
+    packed = QuantEmbedding.from_embedding(source, QuantSpec(4, codebook))
+    for layer in (source, packed):
+        with pytest.raises(IndexError, match="out of range"):
+            layer(torch.tensor([3, index]))
+
+
+def test_indices_of_any_dtype_and_shape():
+    packed = QuantEmbedding.from_embedding(nn.Embedding(50, 64), QuantSpec(4, double_quant=True))
+    table = packed.dequantize()
+    assert torch.equal(packed(torch.tensor([7, 49], dtype=torch.int32)), table[[7, 49]])
+    assert torch.equal(packed(torch.tensor(3)), table[3])
+    assert packed(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 64)

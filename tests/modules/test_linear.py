@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from loftq import QuantLinear, QuantSpec, WeightError
 from loftq.codec import storage_layout
 from loftq.modules import ops
+from torch_defaults import DEFAULTS, torch_default
 
 SPECS = [
     QuantSpec(2),
@@ -73,6 +74,55 @@ def test_few_tokens_have_one_rounding(spec, dtype, tokens):
         assert found.dtype == dtype
         assert found.shape == exact.shape
         assert bool(((found.double() - exact).abs() <= half_ulp * exact.abs() + 2e-6 * terms).all())
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "direct"])
+def test_no_tokens(shape, recorded):
+    packed, dense = pair(QuantSpec(4))
+    x = torch.randn(*shape, 200, requires_grad=recorded)
+    with torch.set_grad_enabled(recorded):
+        y = packed(x)
+        assert y.shape == dense(x).shape
+    if recorded:
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 199), torch.float32), ((9, 199), torch.float32), ((9, 300), torch.float32), ((9, 200), torch.int64)],
+    ids=["few", "narrow", "wide", "integers"],
+)
+def test_an_input_of_another_kind_is_refused(shape, dtype):
+    """199 numbers take as many bytes and blocks as 200, and codes beyond a row are another's."""
+    packed, _ = pair(QuantSpec(4))
+    with pytest.raises(WeightError, match=r"got an input of shape .*, expected floating-point numbers of shape"):
+        packed(torch.ones(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("default", DEFAULTS, ids=str)
+@pytest.mark.parametrize("codebook", ["lloyd", "uniform"])
+def test_defaults_of_torch_do_not_matter(default, codebook):
+    """Loops that write vectors into memory of another dtype would write beyond it."""
+    source = nn.Linear(200, 48)
+    inputs = [torch.randn(tokens, 200, requires_grad=True) for tokens in (2, 9)]
+
+    def results():
+        packed = QuantLinear.from_linear(source, QuantSpec(4, codebook))
+        found = [packed.dequantize(), packed.quantized.codes()]
+        for x in inputs:
+            x.grad = None
+            y = packed(x)
+            y.square().sum().backward()
+            found += [y.detach(), x.grad]
+        return found
+
+    expected = results()
+    with torch_default(default):
+        found = results()
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_weight_is_the_packed_buffer():
@@ -173,6 +223,14 @@ def test_compile_without_graph_breaks(spec):
     y.sum().backward()
     torch.testing.assert_close(y, packed(x))
     assert x.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_tracing_is_refused():
+    """A trace would keep memory that the kernels fill behind its back."""
+    packed, _ = pair(QuantSpec(4))
+    with torch.no_grad(), pytest.raises(WeightError, match=r"expected torch\.compile or torch\.export"):
+        torch.jit.trace(packed, torch.randn(2, 200))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)

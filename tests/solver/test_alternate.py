@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_inputs import same, statistics_for
 from torch import Tensor
 
 import transcription
@@ -19,6 +21,7 @@ from loftq.codec import quantize
 from loftq.config import BITS, CODEBOOKS, PUBLISHED, SCALES, QuantSpec
 from loftq.errors import ConfigError, WeightError
 from loftq.solver import Decomposition, decompose, lora_scaling
+from torch_defaults import DEFAULTS, torch_default
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -374,3 +377,24 @@ def test_work_space(method, bits):
     with LiveBytes() as memory:
         decompose(weight, QuantSpec(bits), rank=16, num_iter=3, method=method)
     assert memory.peak < 3 * weight.nbytes, memory.peak / weight.nbytes
+
+
+@pytest.mark.parametrize("default", DEFAULTS, ids=str)
+@pytest.mark.parametrize("method", ["loftq", "qlora", "loftq-data"])
+def test_defaults_of_torch_do_not_matter(method, default):
+    weight, inputs = gaussian(40, 64), statistics_for(40, 64)
+
+    def result() -> Decomposition:
+        options = {
+            "num_iter": 2,
+            "method": method,
+            "importance": replace(inputs),
+            "svd": "block",
+        }  # without what it has cached
+        return decompose(weight, QuantSpec(2), rank=4, **options)
+
+    expected = result()
+    with torch_default(default):
+        found = result()
+    assert same(found, expected)
+    assert found.lora_A.dtype == found.lora_B.dtype == torch.float32

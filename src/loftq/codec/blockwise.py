@@ -97,7 +97,7 @@ def block_absmax(weight: Tensor, block_size: int) -> Tensor:
 
 def _search_factors(spec: QuantSpec, device: torch.device) -> Tensor:
     lowest, count = _FACTORS[spec.bits]
-    factors = torch.linspace(lowest, 1.0, count)
+    factors = torch.linspace(lowest, 1.0, count, dtype=torch.float32, device="cpu")
     # A negative scale mirrors the codebook: a free choice per block where the codebook is not its own mirror image.
     # Not with double quantization, which codes scales around their mean and needs them close together.
     if spec.codebook in ("nf", *codebooks.FITTED) and not spec.double_quant:

@@ -95,7 +95,11 @@ class QuantizedTensor:
         return packing.unpack(packed_codes(self.tensors), self.spec.bits, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The dense (out, in) matrix; ``out`` is memory for it, which is used on the CPU."""
+        """The dense (out, in) matrix; ``out`` is contiguous memory of that shape and dtype for it.
+
+        Raises:
+            WeightError: ``out`` is something else.
+        """
         return dequantize_stored(self.tensors, self.spec, self.shape[1], dtype, out)
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
@@ -161,7 +165,17 @@ def dequantize_stored(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The dense matrix from its stored tensors; ``out`` is memory for it, which is used on the CPU."""
+    """The dense matrix from its stored tensors; ``out`` is memory for it, which is used on the CPU.
+
+    Raises:
+        WeightError: ``out`` has another shape or dtype, or is not contiguous.
+    """
+    shape = (tensors["weight"].shape[0], in_features)
+    if out is not None and not (tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous()):
+        raise WeightError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}, expected contiguous memory of "
+            f"{dtype} and shape {shape}"
+        )
     zero = tensors.get("weight_zero")
     return kernels.dequantize(
         packed_codes(tensors),

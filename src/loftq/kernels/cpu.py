@@ -23,19 +23,24 @@ def _np(tensor: Tensor | None) -> np.ndarray:
     return _NONE if tensor is None else tensor.detach().contiguous().numpy()
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for what a loop writes, which takes the dtype of its arguments for granted: not torch's defaults."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
+
+
 def _rows_of(levels: Tensor) -> np.ndarray:
     """Codebook or thresholds as the loops take them: float32, a row for each row of the weight, or one for all."""
     return _np(levels.float() if levels.dim() == 2 else levels.float()[None])
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    packed = torch.empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8)
+    packed = _empty(codes.shape[0], packed_row_bytes(codes.shape[1], bits), dtype=torch.uint8)
     for_rows(cpu_pack.pack_rows, codes.shape[0], codes.numel(), _np(codes), bits, packed.numpy())
     return packed
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    codes = torch.empty(packed.shape[0], in_features, dtype=torch.uint8)
+    codes = _empty(packed.shape[0], in_features, dtype=torch.uint8)
     for_rows(cpu_pack.unpack_rows, codes.shape[0], codes.numel(), _np(packed), bits, codes.numpy())
     return codes
 
@@ -74,7 +79,7 @@ def dequantize(
     begin, end = blocks or (0, scale.shape[1])
     columns = slice(begin * block_size, min(end * block_size, in_features))
     if out is None:
-        out = torch.empty(packed.shape[0], columns.stop - columns.start, dtype=dtype)
+        out = _empty(packed.shape[0], columns.stop - columns.start, dtype=dtype)
     if dtype not in cpu_tokens.BITS_AS:
         whole = dequantize(packed, scale, codebook, zero, bits, block_size, in_features, blocks=blocks)
         return out.copy_(whole)
@@ -111,7 +116,7 @@ def product(
     chunk = cpu_product.chunk_columns(bits, block_size)
     whole = inputs.shape[1] // chunk * chunk if chunk else 0
     chunked = inputs[:, :whole].unflatten(1, (-1, 16, 32 // bits)).transpose(2, 3).flatten(1) if whole else inputs
-    out = torch.empty(x.shape[0], packed.shape[0])
+    out = _empty(x.shape[0], packed.shape[0])
     each = (0,) * max(1, 512 // bits // block_size)
     given = (_np(inputs), _np(chunked), whole, sums, out.numpy())
     work = packed.shape[0] * inputs.numel() // 8  # of an element it takes an eighth of what writing it takes
@@ -132,7 +137,7 @@ def grad_product(
     stored = (WIDTHS[bits], _np(packed), _scales(scale), _rows_of(codebook), _scales(zero))
     if grad.shape[0] > _ROW_BY_ROW:
         return cpu_tokens.product(cpu_tiles.grad_strips, grad, in_features, stored, block_size, in_features)
-    out = torch.empty(_CHUNKS, grad.shape[0], in_features)
+    out = _empty(_CHUNKS, grad.shape[0], in_features)
     args = (*stored, block_size, _np(grad.float()), out.numpy())
     for_rows(cpu_product.grad_rows, _CHUNKS, grad.numel() * in_features, *args)
     return out.sum(0).to(grad.dtype)
@@ -141,7 +146,7 @@ def grad_product(
 def encode(
     weight: Tensor, scale: Tensor, zero: Tensor | None, codebook: Tensor, thresholds: Tensor, block_size: int
 ) -> Tensor:
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = _empty(*weight.shape, dtype=torch.uint8)
     levels = (_rows_of(codebook), _borders(thresholds))
     args = (_width_of(codebook), _np(weight), _np(scale), _np(zero), *levels, block_size, codes.numpy())
     for_rows(cpu_fit.encode_rows, weight.shape[0], weight.numel(), *args)
@@ -157,7 +162,7 @@ def search_scale(
     refine: int,
     block_size: int,
 ) -> Tensor:
-    scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
+    scale = _empty(weight.shape[0], -(-weight.shape[1] // block_size))
     levels = (_rows_of(codebook), _borders(thresholds))
     tensors = (_width_of(codebook), _np(weight), _np(importance), *levels, _np(factors))
     for_rows(cpu_fit.search_scale_rows, weight.shape[0], weight.numel(), *tensors, refine, block_size, scale.numpy())
@@ -173,7 +178,7 @@ def search_affine(
     refine: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    scale = torch.empty(weight.shape[0], -(-weight.shape[1] // block_size))
+    scale = _empty(weight.shape[0], -(-weight.shape[1] // block_size))
     zero = torch.empty_like(scale)
     levels = (_rows_of(codebook), _borders(thresholds))
     tensors = (_width_of(codebook), _np(weight), _np(importance), *levels, _np(factors))
@@ -193,7 +198,7 @@ def level_moments(
 ) -> tuple[Tensor, Tensor]:
     slab = 1 if by_row else _SLAB
     slabs = -(-weight.shape[0] // slab)
-    num = torch.zeros(slabs, levels, dtype=torch.float64)
+    num = torch.zeros(slabs, levels, dtype=torch.float64, device="cpu")
     den = torch.zeros_like(num)
     tensors = map(_np, (weight, importance, scale, codes))
     out = (num.numpy(), den.numpy())
@@ -215,7 +220,7 @@ def feedback(
     dense: Tensor,
 ) -> Tensor:
     begin, end = columns
-    errors = torch.empty(work.shape[0], end - begin)
+    errors = _empty(work.shape[0], end - begin)
     tensors = (*map(_np, (inverse, order, scale, zero)), _rows_of(codebook), _rows_of(thresholds))
     out = (codes.numpy(), dense.numpy(), errors.numpy())
     work_items = work.shape[0] * (end - begin) ** 2 // 4

@@ -6,6 +6,8 @@ Codebooks and thresholds have a row for each row of the matrix, or one for all.
 import numba
 import numpy as np
 
+from loftq.kernels.simd_levels import row_of
+
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 _WORTHWHILE = np.float32(2.0**-10)  # float16 keeps 11 bits of a scale
 _FEW = 15  # up to this many thresholds, counting those exceeded is faster than a binary search
@@ -52,8 +54,7 @@ def feedback_rows(
     """See :func:`loftq.kernels.feedback`."""
     has_zero = zero.shape[0] > 0
     for r in range(first, last):
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        codebook, thresholds = row_of(codebooks, r), row_of(borders, r)
         middle = np.argmin(np.abs(codebook))
         for j in range(begin, end):
             i = order[j]
@@ -130,8 +131,8 @@ def descend_rows(
             hessian,
             scale,
             zero,
-            codebooks[min(r, codebooks.shape[0] - 1)],
-            borders[min(r, codebooks.shape[0] - 1)],
+            row_of(codebooks, r),
+            row_of(borders, r),
             block_size,
             codes,
             dense,
@@ -166,8 +167,7 @@ def descend_coupled(
     for r in range(first, last):
         g = gradient[r - first]
         before = g.copy()
-        codebook = codebooks[min(r, codebooks.shape[0] - 1)]
-        thresholds = borders[min(r, codebooks.shape[0] - 1)]
+        codebook, thresholds = row_of(codebooks, r), row_of(borders, r)
         _descend_row(
             r, g, hessian, scale, zero, codebook, thresholds, block_size, codes, dense, 1, refit, has_zero, levels
         )

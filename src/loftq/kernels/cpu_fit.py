@@ -13,6 +13,7 @@ cells, filled up with infinities. What is left of a row that does not divide by 
 import numba
 import numpy as np
 
+from loftq.kernels.reference import TINY
 from loftq.kernels.simd import (
     add16,
     divide16,
@@ -26,14 +27,10 @@ from loftq.kernels.simd import (
     subtract16,
     sum16,
 )
-from loftq.kernels.simd_levels import levels16, nearest16, store_codes16
+from loftq.kernels.simd_levels import levels16, nearest16, row_of, store_codes16
 
+_TINY = np.float32(TINY)
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
-
-
-@numba.njit(inline="always")
-def _own(levels, r):
-    return levels[min(r, levels.shape[0] - 1)]
 
 
 @numba.njit(inline="always")
@@ -88,7 +85,7 @@ def search_scale_rows(first, last, width, weight, importance, tables, borders, f
     in_features = weight.shape[1]
     padded_block, padded_counts = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         top = np.float32(0)
         for k in range(1 << len(width)):
             top = max(top, abs(table[k]))
@@ -99,8 +96,8 @@ def search_scale_rows(first, last, width, weight, importance, tables, borders, f
             counts = _block(importance, begin, n, padded_counts)
             low, high = _range(block, n)
             base = max(high, -low) / top
-            if base == 0:
-                scale[r, b] = 0
+            if base < _TINY:
+                scale[r, b] = base
                 continue
             best = base
             best_score = np.float32(np.inf)
@@ -143,6 +140,12 @@ def _line(width, block, counts, n, slope, offset, table, border, levels, total, 
     return found, mean - found * middle, above * found
 
 
+@numba.njit(inline="always")
+def _constant(value, step):
+    """Scale and zero of a block that is one number."""
+    return abs(value) / step, np.float32(1) if value > 0 else np.float32(-1) if value < 0 else np.float32(0)
+
+
 @numba.njit(**_OPTIONS)
 def search_affine_rows(
     first, last, width, weight, importance, tables, borders, factors, refine, block_size, scale, zero
@@ -155,7 +158,7 @@ def search_affine_rows(
     levels = np.empty(block_size, np.float32)
     padded_block, padded_counts = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         span = table[(1 << len(width)) - 1] - table[0]
         for b in range(scale.shape[1]):
             begin = b * block_size
@@ -164,8 +167,7 @@ def search_affine_rows(
             counts = _block(importance, begin, n, padded_counts)
             low, high = _range(block, n)
             if high == low:
-                scale[r, b] = abs(low) / table[1]
-                zero[r, b] = np.float32(1) if low > 0 else np.float32(-1) if low < 0 else np.float32(0)
+                scale[r, b], zero[r, b] = _constant(low, table[1])
                 continue
             sum_counts = spread16(np.float32(0))
             sum_block = sum_counts
@@ -197,6 +199,9 @@ def search_affine_rows(
                     best_score = score
                     best_slope = s
                     best_offset = o
+            if best_slope == 0:  # its numbers are too close together for float32 to tell their levels apart
+                scale[r, b], zero[r, b] = _constant(middle, table[1])
+                continue
             scale[r, b] = best_slope
             zero[r, b] = best_offset / (best_slope * table[1])
 
@@ -208,7 +213,7 @@ def encode_rows(first, last, width, weight, scale, zero, tables, borders, block_
     has_zero = zero.shape[0] > 0
     padded, found = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
     for r in range(first, last):
-        table, border = _own(tables, r), _own(borders, r)
+        table, border = row_of(tables, r), row_of(borders, r)
         middle = np.argmin(np.abs(table[: 1 << len(width)]))
         for b in range(scale.shape[1]):
             begin = b * block_size

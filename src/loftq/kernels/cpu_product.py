@@ -8,7 +8,7 @@ import numpy as np
 
 from loftq.kernels.cpu_unpack import OPTIONS, code_at
 from loftq.kernels.simd import add16, load16, multiply16, multiply_add16, prefetch, scale_at, spread16, store16, sum16
-from loftq.kernels.simd_levels import chunk_dot, codes16, levels16, spread_scales
+from loftq.kernels.simd_levels import chunk_dot, codes16, levels16, row_of, spread_scales
 
 _AHEAD = 4096  # bytes: the processor's own prefetching ends with every page
 _FAST = {**OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
@@ -21,11 +21,6 @@ def chunk_columns(bits: int, block_size: int) -> int:
     leave of a row, and rows of other widths, are taken sixteen codes at a time.
     """
     return max(512 // bits, block_size) if bits in (2, 4) else 0
-
-
-@numba.njit(inline="always")
-def _table_of(tables, r):
-    return tables[min(r, tables.shape[0] - 1)]
 
 
 @numba.njit(inline="always")
@@ -55,7 +50,7 @@ def product_rows(first, last, width, each, packed, scale, tables, zero, block_si
     for r in range(first, last, 2):
         other = min(r + 1, last - 1)
         row_a, row_b = packed[r], packed[other]
-        table_a, table_b = _table_of(tables, r), _table_of(tables, other)
+        table_a, table_b = row_of(tables, r), row_of(tables, other)
         for t in range(x.shape[0]):
             inputs = x[t]
             total_a = spread16(np.float32(0))
@@ -115,8 +110,8 @@ def grad_rows(first, last, width, packed, scale, tables, zero, block_size, grad,
             quads = begin_row + (end_row - begin_row) // 4 * 4
             for r in range(begin_row, quads, 4):
                 row_0, row_1, row_2, row_3 = packed[r], packed[r + 1], packed[r + 2], packed[r + 3]
-                table_0, table_1 = _table_of(tables, r), _table_of(tables, r + 1)
-                table_2, table_3 = _table_of(tables, r + 2), _table_of(tables, r + 3)
+                table_0, table_1 = row_of(tables, r), row_of(tables, r + 1)
+                table_2, table_3 = row_of(tables, r + 2), row_of(tables, r + 3)
                 for b in range(whole):
                     s0 = scale_at(scale, r, b) * grad[t, r]
                     s1 = scale_at(scale, r + 1, b) * grad[t, r + 1]
@@ -137,10 +132,10 @@ def grad_rows(first, last, width, packed, scale, tables, zero, block_size, grad,
                         value = multiply_add16(levels16(width, table_3, codes16(width, row_3, i)), f3, value)
                         store16(target, i, value)
                 for k in range(r, r + 4):
-                    table = _table_of(tables, k)
+                    table = row_of(tables, k)
                     _add_row(
                         width, k, packed, table, scale, zero, block_size, whole, scale.shape[1], grad[t, k], target
                     )
             for r in range(quads, end_row):
-                table = _table_of(tables, r)
+                table = row_of(tables, r)
                 _add_row(width, r, packed, table, scale, zero, block_size, 0, scale.shape[1], grad[t, r], target)

@@ -15,7 +15,7 @@ import numpy as np
 
 from loftq.kernels.cpu_unpack import OPTIONS, code_at
 from loftq.kernels.simd import add16, load16, multiply16, prefetch, scale_at, spread16, store16
-from loftq.kernels.simd_levels import codes16, levels16
+from loftq.kernels.simd_levels import codes16, levels16, row_of
 from loftq.kernels.simd_tiles import HEIGHT, HEIGHTS, MANY, ONE, VECTORS, multiply_tile, store_pairs16, transpose16
 
 STRIP, PIECE = 64, 256
@@ -25,7 +25,7 @@ _AHEAD = 8  # rows
 @numba.njit(inline="always")
 def _write_row(width, r, packed, scale, tables, zero, block_size, begin, end, target, at):
     """Columns ``begin`` to ``end`` of row r, both multiples of 16, to ``target[at:]``."""
-    table = tables[min(r, tables.shape[0] - 1)]
+    table = row_of(tables, r)
     row = packed[r]
     ahead = packed[min(r + _AHEAD, packed.shape[0] - 1)]
     for byte in range(begin * len(width) // 8, end * len(width) // 8, 64):
@@ -52,7 +52,7 @@ def _write_rest(width, r, packed, scale, tables, zero, begin, end, target, at):
     Kept out of :func:`_write_row`, which it makes ten times slower at 3 bits where LLVM sees both at once.
     """
     lanes = np.zeros(16, np.float32)
-    table = tables[min(r, tables.shape[0] - 1)]
+    table = row_of(tables, r)
     b = scale.shape[1] - 1
     z = scale_at(zero, r, b) * table[1] if zero.shape[0] > 0 else np.float32(0)
     for i in range(begin, end):

@@ -46,7 +46,7 @@ def _product(
     tokens, length = x.shape
     tokens = -(-tokens // 16) * 16
     padded = -(-features // HEIGHT) * HEIGHT
-    grouped, sums = x.new_empty(tokens * length), torch.zeros(tokens * padded)
+    grouped, sums = x.new_empty(tokens * length), torch.zeros(tokens * padded, dtype=torch.float32, device="cpu")
     for_rows(group_columns, -(-length // 16), x.numel(), x.numpy(), grouped.numpy())
     given = (grouped.numpy(), length, np.empty(0, cells), sums.numpy(), padded)
     work = packed.shape[0] * n * (1 + tokens // 16)  # sixteen tokens take as long as writing the matrix does

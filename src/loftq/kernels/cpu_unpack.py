@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from loftq.kernels.simd import add16, multiply16, scale_at, spread16, store16
-from loftq.kernels.simd_levels import codes16, levels16
+from loftq.kernels.simd_levels import codes16, levels16, row_of
 
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
@@ -37,7 +37,7 @@ def dequantize_rows(
     lanes = np.empty(16, out.dtype)
     skipped = begin_block * block_size
     for r in range(first, last):
-        table = tables[min(r, tables.shape[0] - 1)]
+        table = row_of(tables, r)
         row = packed[r]
         target = out[r]
         for b in range(begin_block, end_block):

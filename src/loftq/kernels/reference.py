@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# A block of a smaller scale keeps the one of its largest number: the reciprocal of a fitted one might overflow.
+TINY = 2.0**-100
+
 
 def packed_row_bytes(in_features: int, bits: int) -> int:
     """Bytes of one packed row: ceil(in_features * bits / 8)."""
@@ -160,7 +163,7 @@ def search_scale(
     for _ in range(refine):
         num, den, _ = fit(best)
         best = torch.where((den > 0) & (best != 0), best * (1 + num / den), best)
-    return torch.where(start_scale == 0, start_scale, best)
+    return torch.where(start_scale < TINY, start_scale, best)
 
 
 def search_affine(
@@ -202,9 +205,9 @@ def search_affine(
         s, o, explained = fit(slope, offset)
         better = (s > 0) & (explained >= score) & (slope > 0)
         slope, offset, score = (torch.where(better, a, b) for a, b in ((s, slope), (o, offset), (explained, score)))
-    constant = high == low
-    scale = torch.where(constant, low.abs() / codebook[1], slope)
-    zero = torch.where(constant, low.sign(), offset / (slope * codebook[1]))
+    constant = (high == low) | (slope == 0)  # or too close to it for float32 to tell levels apart
+    scale = torch.where(constant, middle.abs() / codebook[1], slope)
+    zero = torch.where(constant, middle.sign(), offset / (slope * codebook[1]))
     return scale, zero
 
 

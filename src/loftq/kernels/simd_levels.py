@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -38,6 +39,12 @@ PERMUTATION = _permutation()
 
 WIDTHS = {bits: (0,) * bits for bits in (2, 3, 4, 8)}
 """bits -> what stands for them as an argument."""
+
+
+@numba.njit(inline="always")
+def row_of(levels: Any, r: Any) -> Any:
+    """Levels, or the borders between them, of row r of a matrix: its own, or those of all rows."""
+    return levels[min(r, levels.shape[0] - 1)]
 
 
 @intrinsic

@@ -164,7 +164,7 @@ def feedback(
     dense: Tensor,
 ) -> Tensor:
     (rows, n), (begin, end) = work.shape, columns
-    errors = torch.empty(rows, end - begin, device=work.device)
+    errors = torch.empty(rows, end - begin, dtype=torch.float32, device=work.device)
     constants = [t.contiguous() for t in (inverse, order, scale, scale if zero is None else zero, codebook, thresholds)]
     sizes = (rows, n, scale.shape[1], begin, end - begin)
     with on_device(work):
@@ -212,7 +212,7 @@ def descend(
     }
     for block in [*range(blocks)] * sweeps:
         first, last = block * block_size, min((block + 1) * block_size, n)
-        moves = torch.empty(rows, last - first, device=gradient.device)
+        moves = torch.empty(rows, last - first, dtype=torch.float32, device=gradient.device)
         sizes = (rows, n, blocks, block, last - first)
         with on_device(gradient):
             _descend[(triton.cdiv(rows, _ROWS),)](

@@ -54,15 +54,14 @@ class Packed(NamedTuple):
     """A packed matrix as kernels take it.
 
     Attributes:
-        units: packed rows; see :func:`units_of`.
-        levels: (2^bits,) or (rows, 2^bits), any float dtype.
-        zero: zero points, or the scales once more where there are none, which are not read.
+        operands: packed rows, see :func:`units_of`; scales; zero points, or the scales once more where there are none, which
+            are not read; levels (2^bits,) or (rows, 2^bits), any float dtype.
+        sizes: units of a row, blocks of a row.
+        constants: known at compile time.
     """
 
-    units: Tensor
-    scale: Tensor
-    zero: Tensor
-    levels: Tensor
+    operands: tuple[Tensor, Tensor, Tensor, Tensor]
+    sizes: tuple[int, int]
     constants: dict[str, Any]
 
 
@@ -81,4 +80,5 @@ def handed_over(
         "HAS_ZERO": zero is not None,
         "BY_ROW": codebook.dim() == 2,
     }
-    return Packed(units, scale, scale if zero is None else zero.contiguous(), codebook, constants)
+    operands = (units, scale, scale if zero is None else zero.contiguous(), codebook)
+    return Packed(operands, (units.shape[1], scale.shape[1]), constants)

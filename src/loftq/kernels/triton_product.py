@@ -303,21 +303,18 @@ def product(
     if tokens == 0 or rows == 0:
         return x.new_empty(tokens, rows)
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
-    length, blocks = m.units.shape[1], m.scale.shape[1]
-    operands = (x, m.units, m.scale, m.zero, m.levels)
-
     if tokens == 1:
         out = x.new_empty(1, rows)
         with on_device(x):
             _vector[lambda meta: (triton.cdiv(rows, 2 * meta["ROWS"]),)](
-                *operands, out, rows, length, blocks, n=n, **m.constants, enable_fp_fusion=True
+                x, *m.operands, out, rows, *m.sizes, n=n, **m.constants, enable_fp_fusion=True
             )
         return out
     parts, share = _parts(triton.cdiv(rows, 32), n, x)
     out = x.new_empty(parts, tokens, rows, dtype=x.dtype if parts == 1 else torch.float32)
     with on_device(x):
         _matrix[lambda meta: (triton.cdiv(rows, meta["ROWS"]), parts)](
-            *operands, out, tokens, rows, n, length, blocks, share, **m.constants, **_MANY
+            x, *m.operands, out, tokens, rows, n, *m.sizes, share, **m.constants, **_MANY
         )
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
@@ -340,13 +337,10 @@ def grad_product(
     if tokens == 0 or in_features == 0:
         return grad.new_empty(tokens, in_features)
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
-    length, blocks = m.units.shape[1], m.scale.shape[1]
     parts, share = _parts(triton.cdiv(in_features, 128), rows, grad)
     out = grad.new_empty(parts, tokens, in_features, dtype=grad.dtype if parts == 1 else torch.float32)
-
-    operands = (grad, m.units, m.scale, m.zero, m.levels, out)
     with on_device(grad):
         _transposed[lambda meta: (triton.cdiv(in_features, meta["K"]), parts)](
-            *operands, tokens, rows, in_features, length, blocks, share, **m.constants, **_MANY
+            grad, *m.operands, out, tokens, rows, in_features, *m.sizes, share, **m.constants, **_MANY
         )
     return out[0] if parts == 1 else out.sum(0).to(grad.dtype)

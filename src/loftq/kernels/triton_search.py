@@ -94,22 +94,23 @@ def _search_scale(
     levels = levels[:, None]
     borders = (thresholds + own * ((1 << BITS) - 1))[:, None]
     start = tl.div_rn(tl.max(tl.abs(w), 1), top)
+    tiny = start < 7.888609052210118e-31  # 2^-100, see reference.TINY
     best = start
     score = tl.full((P,), float("inf"), tl.float32)
     for f in range(candidates):
         factor = tl.load(factors + f)
         candidate = start * factor
-        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(start == 0, 1.0, candidate)), h, levels, borders, BITS)
+        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(tiny, 1.0, candidate)), h, levels, borders, BITS)
         step = tl.div_rn(num, tl.where(den > 0, den, 1.0))
         left = factor * factor * (error - step * num)
         better = (den > 0) & (left < score)
         score = tl.where(better, left, score)
         best = tl.where(better, candidate * (1 + step), best)
     for _ in range(refine):
-        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(best == 0, 1.0, best)), h, levels, borders, BITS)
+        num, den, error = _moments(w, tl.div_rn(1.0, tl.where(tiny | (best == 0), 1.0, best)), h, levels, borders, BITS)
         step = tl.div_rn(num, tl.where(den > 0, den, 1.0))
         best = tl.where((den > 0) & (best != 0), best * (1 + step), best)
-    tl.store(scale + number, tl.where(start == 0, start, best), mask=number < total)
+    tl.store(scale + number, tl.where(tiny, start, best), mask=number < total)
 
 
 @triton.jit
@@ -168,8 +169,9 @@ def _search_affine(
         better = (s > 0) & (explained >= score) & (slope > 0)
         slope, offset = tl.where(better, s, slope), tl.where(better, o, offset)
         score = tl.where(better, explained, score)
-    sign = tl.where(low > 0, 1.0, tl.where(low < 0, -1.0, 0.0))
-    size = tl.where(constant, tl.div_rn(tl.abs(low), step), slope)
+    constant |= slope == 0  # or too close to it for float32 to tell levels apart
+    sign = tl.where(middle > 0, 1.0, tl.where(middle < 0, -1.0, 0.0))
+    size = tl.where(constant, tl.div_rn(tl.abs(middle), step), slope)
     point = tl.where(constant, sign, tl.div_rn(offset, tl.where(constant, 1.0, slope * step)))
     tl.store(scale + number, size, mask=number < total)
     tl.store(zero + number, point, mask=number < total)
@@ -248,7 +250,7 @@ def search_scale(
     block_size: int,
 ) -> Tensor:
     total, blocks, held, grid = _tiles(weight, block_size)
-    scale = torch.empty(weight.shape[0], blocks, device=weight.device)
+    scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)
     with on_device(weight):
@@ -275,7 +277,7 @@ def search_affine(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     total, blocks, held, grid = _tiles(weight, block_size)
-    scale = torch.empty(weight.shape[0], blocks, device=weight.device)
+    scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     zero = torch.empty_like(scale)
     operands = [t.contiguous() for t in (weight, importance, codebook, thresholds, factors)]
     sizes = (total, blocks, weight.shape[1], factors.numel(), refine)

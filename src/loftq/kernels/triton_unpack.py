@@ -78,12 +78,11 @@ def dequantize(
     if out.numel() == 0:
         return out
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
-    rows, length = m.units.shape
-    operands = (m.units, m.scale, m.zero, m.levels, out, rows, in_features, length, m.scale.shape[1])
+    rows = packed.shape[0]
     with on_device(out):
         # no fused multiply-add: (level + zero * step) * scale rounds as it does on the CPU
         _dequantize[lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(in_features, meta["K"]))](
-            *operands, **m.constants, **EXACT
+            *m.operands, out, rows, in_features, *m.sizes, **m.constants, **EXACT
         )
     return out
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from loftq.codec.qtensor import QuantizedTensor, dequantize_stored, storage_layout
 from loftq.config import QuantSpec
 from loftq.errors import WeightError
-from loftq.modules.ops import packed_linear
+from loftq.modules.ops import packed_product
 from loftq.modules.packed import Operands, PackedModule, operands, unshared
 
 PARAMETERS = ("gate_up_proj", "down_proj")
@@ -157,7 +157,7 @@ class QuantExperts(PackedModule):
         if name in self.specs:
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            y = packed_linear(x, *self._operands(name, expert))
+            y = packed_product(x, *self._operands(name, expert))
         else:
             weight: Tensor = getattr(self, name)[expert]
             y = nn.functional.linear(x, weight.T if self.is_transposed else weight)

@@ -74,6 +74,11 @@ class QuantLinear(PackedWeight, nn.Linear):
         """Nothing to reset: the backbone is loaded, not initialised."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features or not x.is_floating_point():  # the kernels would read what is not there
+            raise WeightError(
+                f"got an input of shape {tuple(x.shape)} and {x.dtype}, expected floating-point numbers of shape "
+                f"(..., {self.in_features}), as a dense layer would"
+            )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = packed_product(x, *self._operands())

@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq import kernels
 from loftq.codec.scales import double_dequantize
+from loftq.errors import WeightError
 
 _memory = threading.local()
+Matrix = tuple[Tensor, Tensor, Tensor, Tensor | None, int, int]  # packed, scale, codebook, zero, bits, block_size
 TILE_BYTES = 8 << 20  # which is then multiplied out of the last-level cache
 
 
@@ -34,7 +36,7 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     needed = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_memory, "held", None)
     if held is None or held.numel() < needed:
-        held = _memory.held = torch.empty(needed, dtype=torch.uint8)
+        held = _memory.held = torch.empty(needed, dtype=torch.uint8, device="cpu")
     return held[:needed].view(dtype).view(rows, columns)
 
 
@@ -63,58 +65,33 @@ def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) ->
     return scale if absmax is None or offset is None else double_dequantize(scale, absmax, offset)
 
 
-def _times_transposed(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    codebook: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    block_size: int,
-) -> Tensor:
+def _times_transposed(x: Tensor, matrix: Matrix) -> Tensor:
     """x (tokens, in) Wᵀ, W a tile of rows at a time."""
+    packed, scale, codebook, zero, bits, block_size = matrix
     n = x.shape[1]
     if packed.device.type != "cpu":
-        return x @ kernels.dequantize(packed, scale, codebook, zero, bits, block_size, n, x.dtype).T
+        return x @ kernels.dequantize(*matrix, n, x.dtype).T
     out = x.new_empty(x.shape[0], packed.shape[0])
     for first, last in _tiles(packed.shape[0], n * x.dtype.itemsize):
         rows = slice(first, last)
         own = codebook if codebook.dim() == 1 else codebook[rows]
-        tile = kernels.dequantize(
-            packed[rows],
-            scale[rows],
-            own,
-            None if zero is None else zero[rows],
-            bits,
-            block_size,
-            n,
-            x.dtype,
-            _workspace(last - first, n, x.dtype),
-        )
+        tile_of = (packed[rows], scale[rows], own, None if zero is None else zero[rows], bits, block_size)
+        tile = kernels.dequantize(*tile_of, n, x.dtype, _workspace(last - first, n, x.dtype))
         out[:, rows] = torch.nn.functional.linear(x, tile)
     return out
 
 
-def _times(
-    grad: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    codebook: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    block_size: int,
-    n: int,
-) -> Tensor:
-    """grad (tokens, out) W, W a tile of columns at a time."""
-    operands = (packed, scale, codebook, zero, bits, block_size, n, grad.dtype)
+def _times(grad: Tensor, matrix: Matrix, n: int) -> Tensor:
+    """grad (tokens, out) W, W (out, n) a tile of columns at a time."""
+    packed, scale, *_, block_size = matrix
     if packed.device.type != "cpu":
-        return grad @ kernels.dequantize(*operands)
+        return grad @ kernels.dequantize(*matrix, n, grad.dtype)
     rows = packed.shape[0]
     out = grad.new_empty(grad.shape[0], n)
     for blocks in _tiles(scale.shape[1], rows * block_size * grad.dtype.itemsize):
         columns = slice(blocks[0] * block_size, min(blocks[1] * block_size, n))
         memory = _workspace(rows, columns.stop - columns.start, grad.dtype)
-        out[:, columns] = grad @ kernels.dequantize(*operands, memory, blocks)
+        out[:, columns] = grad @ kernels.dequantize(*matrix, n, grad.dtype, memory, blocks)
     return out
 
 
@@ -131,10 +108,10 @@ def _linear(
 ) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) as stored."""
     n = x.shape[-1]
-    operands = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
-    if _few(x, n):
-        return kernels.product(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
-    return _times_transposed(x.reshape(-1, n), *operands).view(*x.shape[:-1], -1)
+    matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
+    tokens = x.reshape(-1, n)
+    product = kernels.product(tokens, *matrix) if _few(x, n) else _times_transposed(tokens, matrix)
+    return product.view(*x.shape[:-1], packed.shape[0])  # not -1, which no rows leave undecided
 
 
 packed_linear = torch.library.custom_op("loftq::packed_linear", _linear, mutates_args=())
@@ -159,11 +136,9 @@ def packed_linear_grad_input(
     in_features: int,
 ) -> Tensor:
     """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
-    operands = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
-    if _few(grad, packed.shape[0]):
-        product = kernels.grad_product(grad.reshape(-1, packed.shape[0]), *operands, in_features)
-        return product.view(*grad.shape[:-1], in_features)
-    product = _times(grad.reshape(-1, packed.shape[0]), *operands, in_features)
+    matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
+    tokens, few = grad.reshape(-1, packed.shape[0]), _few(grad, packed.shape[0])
+    product = kernels.grad_product(tokens, *matrix, in_features) if few else _times(tokens, matrix, in_features)
     return product.view(*grad.shape[:-1], in_features)
 
 
@@ -192,6 +167,10 @@ packed_linear.register_autograd(_backward, setup_context=_setup_context)
 def packed_product(x: Tensor, *stored: Any) -> Tensor:
     """:func:`packed_linear`; on the CPU, unless it is recorded, without an operator's cost: a third of a small layer's time."""
     watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if torch.jit.is_tracing():  # it would record memory that the kernels fill behind its back
+        raise WeightError(
+            "torch.jit.trace cannot record a packed layer, expected torch.compile or torch.export, which see one operator"
+        )
     direct = not watched and type(x) is Tensor and x.device.type == "cpu"
     return (_linear if direct else packed_linear)(x, *stored)
 
@@ -210,10 +189,11 @@ def packed_rows(
     in_features: int,
 ) -> Tensor:
     """The dense (n, in) float32 rows of the matrix whose indices ``rows`` (n,) lists: an embedding look-up."""
-    scale = plain_scales(scale, absmax, offset)[rows]  # groups of 8-bit scales run across rows
-    zero = None if zero is None else zero[rows]
-    codebook = codebook if codebook.dim() == 1 else codebook[rows]
-    return kernels.dequantize(packed[rows], scale, codebook, zero, bits, block_size, in_features)
+    # not packed[rows], which would count a negative index from the end
+    scale = plain_scales(scale, absmax, offset).index_select(0, rows)  # groups of 8-bit scales run across rows
+    zero = None if zero is None else zero.index_select(0, rows)
+    codebook = codebook if codebook.dim() == 1 else codebook.index_select(0, rows)
+    return kernels.dequantize(packed.index_select(0, rows), scale, codebook, zero, bits, block_size, in_features)
 
 
 @packed_rows.register_fake

@@ -160,8 +160,11 @@ class Search:
         """What is left to quantize: the target without L, in the search's memory."""
         return torch.addmm(self.target, lowrank.left, lowrank.right, alpha=-1, out=self.memory)
 
-    def objective(self, dense: Tensor) -> float:
-        return norm(self.metric.whiten(self.target - dense)) / self.whitened_norm
+    def objective(self, error: Tensor) -> float:
+        """|(M - Q - L) P| relative to |W P| for the error W - Q - L, whose memory is used where the target M is not W."""
+        if self.target is not self.weight:
+            error += self.target - self.weight
+        return norm(self.metric.whiten(error)) / self.whitened_norm
 
     def record(
         self, found: Found, quantized: QuantizedTensor, lowrank: Adapter | None, remainder: float | None = None
@@ -176,9 +179,7 @@ class Search:
             if remainder is not None:
                 objective = remainder / self.whitened_norm
             elif self.metric.factor is not None:
-                if self.target is not self.weight:
-                    left += self.target - self.weight
-                objective = norm(self.metric.whiten(left)) / self.whitened_norm
+                objective = self.objective(left)
         found.errors.append(error)
         found.objectives.append(objective)
         if found.objectives[-1] < found.objectives[found.best_iter]:

@@ -130,7 +130,7 @@ def decompose(
         found.append(search.run(steps))
     if chosen.candidates:
         judge = Search(weight, spec, rank, chosen, goal, svd, seed)
-        scores = [s.errors[s.best_iter] if goal.factor is None else judge.objective(s.dense()) for s in found]
+        scores = [s.errors[s.best_iter] if goal.factor is None else judge.objective(weight - s.dense()) for s in found]
         best = min(range(len(found)), key=scores.__getitem__)
         found[best].objectives[found[best].best_iter] = scores[best]
         names, found = (names[best],), [found[best]]
@@ -177,8 +177,8 @@ def _factors(lowrank: Adapter | None, weight: Tensor, rank: int, scaling: float,
     """A (r, in), B (out, r) with scaling * B A = L; what L does not fill starts as in PEFT."""
     out_features, in_features = weight.shape
     fitted = 0 if lowrank is None else lowrank.left.shape[1]
-    lora_A = torch.empty(rank, in_features)
-    lora_B = torch.zeros(out_features, rank, device=weight.device)
+    lora_A = torch.empty(rank, in_features, dtype=torch.float32, device="cpu")
+    lora_B = weight.new_zeros(out_features, rank)
     if fitted < rank:
         # PEFT's default: kaiming_uniform with a = sqrt(5), that is uniform in ±1/sqrt(in)
         generator = torch.Generator("cpu").manual_seed(seed)

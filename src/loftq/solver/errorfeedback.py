@@ -149,8 +149,8 @@ def _refit_levels(
     """
     spread = _spread(scale, block_size, weight.shape[1])
     parts = [spread * (codes == k) for k in range(levels.numel())]
-    normal = torch.empty(len(parts), len(parts), dtype=torch.float64)
-    right = torch.empty(len(parts), dtype=torch.float64)
+    normal = torch.empty(len(parts), len(parts), dtype=torch.float64, device="cpu")
+    right = torch.empty(len(parts), dtype=torch.float64, device="cpu")
     for k, part in enumerate(parts):
         product = part @ metric.hessian  # type: ignore[operator]
         if metric.row_hessian is not None:

@@ -85,7 +85,7 @@ def block_power_svd(
     width = min(rank + _OVERSAMPLE, m, n)
     if basis is None or basis.shape[1] < width:
         generator = torch.Generator("cpu").manual_seed(seed)
-        basis = torch.randn(n, width, generator=generator, dtype=torch.float32).to(matrix)
+        basis = torch.randn(n, width, generator=generator, dtype=torch.float32, device="cpu").to(matrix)
         passes = _COLD_PASSES if passes is None else passes
     elif passes is None:
         passes = _WARM_PASSES
