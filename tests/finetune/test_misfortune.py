@@ -124,7 +124,7 @@ def test_a_run_without_result_says_so_again(finished, sums, tmp_path):
     record = json.loads((run / "training.json").read_text())
     changed = {**record, "status": "diverged: the loss is no finite number at step 1", "best_step": 0}
     (run / "training.json").write_text(json.dumps(changed))
-    with pytest.raises(OutputError, match="diverged before its first checkpoint and has no result"):
+    with pytest.raises(OutputError, match="diverged before its first good checkpoint and has no result"):
         train(run, short(sums, max_steps=1), init_from=finished / "q", progress=False)
 
 
