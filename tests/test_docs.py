@@ -34,6 +34,7 @@ from loftq.config import BITS, CODEBOOKS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 RUNNABLE = "# runnable\n"
+SHELLS = ("bash", "sh")
 # Programs that start loftq in several processes, and the modules that they are.
 LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
 SLOW = {"cluster.md"}
@@ -150,7 +151,7 @@ def test_runnable_blocks(page, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_parse(page):
     for language, text in blocks(page):
-        if language == "bash":
+        if language in SHELLS:
             for line in command_lines(text):
                 arguments = loftq_arguments(line)
                 if arguments is not None:

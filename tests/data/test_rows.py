@@ -69,6 +69,14 @@ def test_hub_data_sets_by_id_config_and_split(monkeypatch, tmp_path):
     assert found[1].where == "nyu-mll/glue:rte validation, row 1"
 
 
+def test_a_sum_of_splits_is_one_after_the_other(monkeypatch, tmp_path):
+    """ANLI's three rounds; not every version of the package streams them together."""
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, lambda identifier, *, split, streaming: [{"text": split}])
+    found = list(read_rows("facebook/anli", split="train_r1+train_r2+train_r3"))
+    assert [row.values["text"] for row in found] == ["train_r1", "train_r2", "train_r3"]
+
+
 def test_hub_that_does_not_answer(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 

@@ -17,7 +17,8 @@ from loftq.finetune.measure import evaluate_task
 from loftq.finetune.model import build, find_start, load_dtype
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
-from loftq.finetune.trainer import WINDOW, Divergence, enough_memory, training_arguments
+from loftq.finetune.trainer import enough_memory, training_arguments
+from loftq.finetune.watch import WINDOW, Divergence
 
 
 def settings(data: str, **changes) -> TrainSettings:

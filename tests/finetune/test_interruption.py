@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from loftq.finetune.record import TrainingRecord
 from loftq.finetune.reporters import Reporter, reporter
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
+from loftq.finetune.trainer import TaskTrainer
+from words import write_rows
 
 
 def settings(data: str, **changes) -> TrainSettings:
@@ -63,24 +67,32 @@ def test_two_runs_in_one_folder(llama, sums, tmp_path, monkeypatch, capsys):
     assert TrainingRecord.load(run).after == json.loads(printed)["after"]
 
 
+@contextmanager
+def interruption(after: int) -> Iterator[None]:
+    """The run within is interrupted once its checkpoint of a step is written."""
+    original = TaskTrainer._save_checkpoint
+
+    def save(trainer, *arguments):
+        original(trainer, *arguments)
+        if trainer.state.global_step == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TaskTrainer, "_save_checkpoint", save)
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+    pytest.fail(f"there was no checkpoint of step {after}")
+
+
 @pytest.fixture(scope="module")
 def interrupted(llama, sums, tmp_path_factory) -> tuple[Path, TrainingRecord]:
     """A folder whose run was stopped after its second checkpoint of four, and the record of the same run uninterrupted."""
     folder = tmp_path_factory.mktemp("interrupted")
     whole = train(folder / "whole", settings(sums), init_from=llama, progress=False)
-    from loftq.finetune.trainer import TaskTrainer
-
-    with pytest.MonkeyPatch.context() as patched:
-        original = TaskTrainer._save_checkpoint
-
-        def save(trainer, *arguments):
-            original(trainer, *arguments)
-            if trainer.state.global_step == 4:
-                raise KeyboardInterrupt
-
-        patched.setattr(TaskTrainer, "_save_checkpoint", save)
-        with pytest.raises(KeyboardInterrupt):
-            train(folder / "run", settings(sums), init_from=llama, progress=False)
+    with interruption(after=4):
+        train(folder / "run", settings(sums), init_from=llama, progress=False)
     assert {p.name for p in (folder / "run" / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
     return folder / "run", whole
 
@@ -161,6 +173,34 @@ def test_a_run_that_has_moved_keeps_its_best_checkpoint(interrupted, llama, sums
     assert record.after["perplexity"] == pytest.approx(record.evaluations[0]["perplexity"], rel=1e-5)
 
 
+@pytest.mark.parametrize("waited", [1, 2])
+def test_patience_is_not_renewed_by_an_interruption(llama, sums, tmp_path, waited):
+    """After the first measurement without improvement; and after the second, with which the run is over."""
+    wrong = [{"prompt": f"{a}+{b}=", "completion": "zyxwvu"} for a in range(6) for b in range(6)]
+    held = DataSettings("completion", write_rows(tmp_path / "wrong.jsonl", wrong), limit=6)
+    chosen = settings(sums, eval_data=held, epochs=20, patience=2)
+    whole = train(tmp_path / "whole", chosen, init_from=llama, progress=False)
+    assert whole.status == "stopped early", whole.evaluations
+    with interruption(after=whole.best_step + waited * 2):
+        train(tmp_path / "run", chosen, init_from=llama, progress=False)
+    record = train(tmp_path / "run", chosen, init_from=llama, progress=False)
+    assert [e["step"] for e in record.evaluations] == [e["step"] for e in whole.evaluations]
+    check_same_end(record, whole, tmp_path / "run")
+
+
+def test_nothing_is_trained_after_the_last_step(llama, sums, tmp_path):
+    """Interrupted while the result is written: five steps of two an epoch remain five."""
+    chosen = settings(sums, eval_data=None, max_steps=5, schedule="constant")
+    whole = train(tmp_path / "whole", chosen, init_from=llama, progress=False)
+    with interruption(after=5):
+        train(tmp_path / "run", chosen, init_from=llama, progress=False)
+    record = train(tmp_path / "run", chosen, init_from=llama, progress=False)
+    assert (record.status, record.best_step, len(record.curve)) == ("finished", 5, 5)
+    found, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "whole"))
+    assert whole.best_step == 5
+    assert all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in wanted)
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_reporter_that_is_not_installed(llama, sums, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
@@ -185,8 +225,8 @@ class Offline(TrainerCallback):
 def test_a_reporter_that_fails_does_not_end_the_run(llama, sums, tmp_path, monkeypatch):
     """``ConnectionError`` is an ``OSError``, as a full disk is: it must not be taken for one."""
     inner, said = Offline(3), []
-    monkeypatch.setattr("loftq.finetune.run.reporter", lambda name, run, notice: Reporter(name, inner, notice))
-    monkeypatch.setattr("loftq.finetune.run.check_reporter", lambda name: None)
+    monkeypatch.setattr("loftq.finetune.training.reporter", lambda name, run, notice: Reporter(name, inner, notice))
+    monkeypatch.setattr("loftq.finetune.training.check_reporter", lambda name: None)
     chosen = settings(sums, report_to="wandb")
     record = train(tmp_path / "run", chosen, init_from=llama, progress=False, notice=said.append)
     assert (record.status, len(record.curve)) == ("finished", 8)
@@ -197,8 +237,6 @@ def test_a_reporter_that_fails_does_not_end_the_run(llama, sums, tmp_path, monke
 
 
 def test_an_error_of_the_operating_system_in_training_is_no_full_disk(llama, sums, tmp_path, monkeypatch):
-    from loftq.finetune.trainer import TaskTrainer
-
     def training_step(*arguments, **options):
         raise OSError("a device that is not there")
 

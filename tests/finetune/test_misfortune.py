@@ -97,10 +97,10 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(finished, sums, t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "training.json": "loftq.finetune.run.TrainingRecord.save",
-        "before.json": "loftq.finetune.run.json.dumps",
-        "adapter_model.safetensors": "loftq.finetune.run.save_result",
-        "predictions": "loftq.finetune.run.write_predictions",
+        "training.json": "loftq.finetune.training.TrainingRecord.save",
+        "before.json": "loftq.finetune.training.json.dumps",
+        "adapter_model.safetensors": "loftq.finetune.training.save_result",
+        "predictions": "loftq.finetune.training.write_predictions",
     }[name]
     settings = short(sums, max_steps=1, metrics=("exact_match",), max_new_tokens=2)
     with monkeypatch.context() as patched:
@@ -124,7 +124,7 @@ def test_a_run_without_result_says_so_again(finished, sums, tmp_path):
     record = json.loads((run / "training.json").read_text())
     changed = {**record, "status": "diverged: the loss is no finite number at step 1", "best_step": 0}
     (run / "training.json").write_text(json.dumps(changed))
-    with pytest.raises(OutputError, match="diverged before its first checkpoint and has no result"):
+    with pytest.raises(OutputError, match="diverged before its first good checkpoint and has no result"):
         train(run, short(sums, max_steps=1), init_from=finished / "q", progress=False)
 
 

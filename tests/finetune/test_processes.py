@@ -35,16 +35,15 @@ FSDP2 = {
 CRASHING = """
 import os, signal, sys
 from loftq.cli import main
-from loftq.finetune import trainer
+from loftq.finetune import training
 
-class Crash(trainer.Progress):
+class Crash(training.Progress):
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step == 4 and os.environ.get("CRASH"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-import loftq.finetune.run
-loftq.finetune.run.Progress = Crash
+training.Progress = Crash
 main()
 """
 

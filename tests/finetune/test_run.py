@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from loftq.data.prepare import DataSettings
 from loftq.errors import BackboneMismatchError, ConfigError, OutputError, SourceError
@@ -177,69 +176,6 @@ def test_regression_and_question_answering_and_summaries(bert, bart, tmp_path):
     )
     print(record.before, record.after)
     assert record.after["rouge1"] > record.before["rouge1"] + 30
-
-
-def test_early_stopping_keeps_the_best(llama, sums, tmp_path):
-    """Measured on answers that are letters: the better the model knows that answers are numbers, the worse it does there."""
-    wrong = [{"prompt": f"{a}+{b}=", "completion": "zyxwvu"} for a in range(6) for b in range(6)]
-    held = DataSettings("completion", write_rows(tmp_path / "wrong.jsonl", wrong))
-    record = train(
-        tmp_path / "run", settings(sums, eval_data=held, epochs=40, patience=2), init_from=llama, progress=False
-    )
-    found = [e["perplexity"] for e in record.evaluations]
-    print(found)
-    best = min(record.evaluations, key=lambda e: e["perplexity"])
-    assert record.status == "stopped early"
-    assert record.evaluations[-1]["step"] == best["step"] + 2 * 3
-    assert record.best_step == best["step"]
-    assert record.after["perplexity"] == pytest.approx(best["perplexity"], rel=1e-5)
-
-
-class Diverges:
-    """A loss that becomes NaN at a step."""
-
-    def __init__(self, monkeypatch, step: int) -> None:
-        from loftq.finetune.trainer import TaskTrainer
-
-        original = TaskTrainer.training_step
-
-        def training_step(trainer, model, inputs, *args, **kwargs):
-            loss = original(trainer, model, inputs, *args, **kwargs)
-            return loss * float("nan") if trainer.state.global_step >= step else loss
-
-        monkeypatch.setattr(TaskTrainer, "training_step", training_step)
-
-
-def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(llama, sums, tmp_path, monkeypatch):
-    Diverges(monkeypatch, 7)
-    said: list[str] = []
-    record = train(tmp_path / "run", settings(sums), init_from=llama, progress=False, notice=said.append)
-    assert record.status == "diverged: the loss is no finite number at step 8"
-    assert record.best_step == 6
-    assert said == ["the run diverged (the loss is no finite number at step 8); the result is its checkpoint of step 6"]
-    assert record.after["perplexity"] == pytest.approx(record.evaluations[-1]["perplexity"], rel=1e-5)
-    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / "adapter_model.safetensors").values())
-
-
-def test_diverging_before_any_checkpoint(llama, sums, tmp_path, monkeypatch):
-    Diverges(monkeypatch, 1)
-    with pytest.raises(SourceError, match=r"diverged before its first checkpoint .* lower the learning rate \(0.005\)"):
-        train(tmp_path / "run", settings(sums), init_from=llama, progress=False)
-
-
-def test_a_loss_that_runs_away():
-    from types import SimpleNamespace
-
-    from loftq.finetune.trainer import Divergence
-
-    guard, control = Divergence(), SimpleNamespace(should_training_stop=False)
-    for step, loss in enumerate([5.0] * 30 + [1.0] * 30 + [2.9] * 100):  # 1.9 above: noise, however long
-        guard.on_log(None, SimpleNamespace(global_step=step), control, {"loss": loss, "grad_norm": 1.0})
-    assert guard.reason is None
-    for step in range(160, 200):
-        guard.on_log(None, SimpleNamespace(global_step=step), control, {"loss": 8.0, "grad_norm": 1.0})
-    assert control.should_training_stop
-    assert guard.reason.startswith("the loss has risen from 1 to 3.1 at step 160")
 
 
 RUN = """

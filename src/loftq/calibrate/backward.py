@@ -16,20 +16,20 @@ moment, but where the model is sure of itself nearly all of it comes from the ra
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loftq.calibrate.batches import Batch, make_batches
 from loftq.calibrate.blocks import find_blocks, head_name
-from loftq.calibrate.calls import tensors_in
+from loftq.calibrate.calls import filled, replaced, structure_of, tensors_in
 from loftq.calibrate.drivers import Call, Driver, Stop, current_driver, start_all
 from loftq.calibrate.experts import ExpertCollector, check_experts, unseen_experts
+from loftq.calibrate.gradients import Gradients
 from loftq.calibrate.groups import Group, identity
-from loftq.calibrate.moments import Moment, Rows, Scratch, combine, unseen
+from loftq.calibrate.moments import Rows, unseen
 from loftq.calibrate.spill import Spill
 from loftq.calibrate.streamed import Advance, Streamed, runs_again, within
 from loftq.calibrate.text import CalibrationTokens
@@ -37,7 +37,6 @@ from loftq.calibrate.trace import Collector, in_features
 from loftq.checkpoint.source import Source
 from loftq.config import positive_int
 from loftq.errors import SourceError
-from loftq.modules.linear import is_transposed
 from loftq.solver.importance import InputStatistics
 
 
@@ -141,7 +140,7 @@ class StreamedGradients(Streamed):
                     yield Group((name,), partial(identity, together), each)
             while (block := self._waiting(Back)) is not None:
                 self._load(block)
-                gradients = _Gradients(within(block, self._targets), self.fisher)
+                gradients = Gradients(within(block, self._targets), self.fisher)
                 while self._waiting(Back) == block:
                     self._each(Back, block, partial(self._backward, gradients))
                 for name, statistics in self._fetch(inputs.pop(block)):
@@ -227,12 +226,12 @@ class StreamedGradients(Streamed):
             if not isinstance(rows, Tensor) or not rows.is_floating_point():
                 return driver.suspend(call)  # an embedding: nothing before it is differentiated
             leaf = rows.detach().requires_grad_()  # here the backward pass ends
-            call = Call(block, *_replaced((args, kwargs), {id(rows): leaf}))
+            call = Call(block, *replaced((args, kwargs), {id(rows): leaf}))
             inputs = [leaf]
         box: list[Any] = []
         outputs = _Passed.apply(call, box, *inputs)
         (structure,) = box
-        return _filled(structure, iter(outputs))
+        return filled(structure, iter(outputs))
 
     def _waiting(self, kind: type[Call] | type[Back]) -> str | None:
         return next((d.call.block for d in self._drivers if isinstance(d.call, kind)), None)
@@ -246,7 +245,7 @@ class StreamedGradients(Streamed):
             driver.resume(work(batch, driver.call))
             if kind is Call and last and isinstance(driver.call, Back) and driver.call.block == block:
                 # The head: its backward pass follows at once, so that one batch's logits are in memory and not all.
-                driver.resume(self._backward(_Gradients({}, False), batch, driver.call))
+                driver.resume(self._backward(Gradients({}, False), batch, driver.call))
             self._hold(position)
             self.progress(block, batch.tokens)
 
@@ -261,65 +260,16 @@ class StreamedGradients(Streamed):
         encoder, main = batch.masks_for(block)
         return Rows(main, encoder, tensors_in(arguments))
 
-    def _backward(self, gradients: _Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
+    def _backward(self, gradients: Gradients, batch: Batch, back: Back) -> tuple[Any, ...]:
         rows = self._rows(batch, back.block, (back.args, back.kwargs))
         leaves = [t.detach().clone().requires_grad_() for t in back.inputs]
         swap = {id(t): leaf for t, leaf in zip(back.inputs, leaves, strict=True)}
-        args, kwargs = _replaced((back.args, back.kwargs), swap)
+        args, kwargs = replaced((back.args, back.kwargs), swap)
         with torch.enable_grad(), gradients.run(rows):
             output = self._model.get_submodule(back.block)(*args, **kwargs)
             outputs = [t for t in tensors_in(output) if t.is_floating_point()]
             pairs = [(t, g) for t, g in zip(outputs, back.gradients, strict=True) if g is not None and t.requires_grad]
             return torch.autograd.grad([t for t, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-
-
-class _Gradients:
-    """Second moments of the gradients in the outputs of several layers, and of the inputs they belong to."""
-
-    def __init__(self, modules: dict[str, nn.Module], fisher: bool) -> None:
-        self.modules = modules
-        self.fisher = fisher
-        self._moments = {name: Moment(_out_features(module)) for name, module in modules.items()}
-        scratch: Scratch = {}
-        self._guided = {name: Moment(in_features(module), scratch=scratch) for name, module in modules.items()}
-        self._squares: dict[str, Tensor] = {}
-
-    @contextmanager
-    def run(self, rows: Rows) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, module in self.modules.items():
-                handle = module.register_forward_hook(partial(self._seen, name, rows))
-                stack.callback(handle.remove)
-            yield
-
-    def _seen(self, name: str, rows: Rows, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        x = args[0].detach()
-
-        def add(gradient: Tensor) -> None:
-            selected, weight, _ = rows.select(gradient, x)
-            self._moments[name].add(name, selected, weight)
-            inputs, _, _ = rows.select(x)
-            self._guided[name].add(name, inputs * torch.linalg.vector_norm(selected, dim=1, keepdim=True), weight)
-            if self.fisher:
-                windows = gradient.transpose(1, 2) @ x if gradient.dim() == 3 else (gradient.T @ x)[None]
-                self._squares[name] = self._squares.get(name, 0) + windows.square().sum(0)
-
-        output.register_hook(add)
-
-    def joined(self, name: str, statistics: InputStatistics) -> InputStatistics:
-        moment, guided = self._moments.pop(name), self._guided.pop(name)
-        if moment.count == 0:
-            return statistics
-        found = {"output_moment": combine([moment]).second_moment}
-        power = found["output_moment"].diagonal().double().sum()
-        if float(power) > 0:
-            found["guided_moment"] = combine([guided]).second_moment.div_(power)
-        if self.fisher:
-            root = (self._squares.pop(name) / moment.count).sqrt()
-            found.update(fisher_rows=root.mean(1), fisher_columns=root.mean(0))
-        return statistics.of_layer(**found)
 
 
 class _Passed(torch.autograd.Function):
@@ -332,7 +282,7 @@ class _Passed(torch.autograd.Function):
         output = driver.suspend(call)
         ctx.call, ctx.inputs = call, inputs
         tensors = [t for t in tensors_in(output) if t.is_floating_point()]
-        box.append(_structure(output))
+        box.append(structure_of(output))
         return tuple(tensors)
 
     @staticmethod
@@ -343,47 +293,3 @@ class _Passed(torch.autograd.Function):
         back = Back(ctx.call.block, ctx.call.args, ctx.call.kwargs, ctx.inputs, gradients)
         del ctx.call
         return (None, None, *driver.suspend(back))
-
-
-class _Hole:
-    """Stands for a floating-point tensor in the structure of a block's output."""
-
-
-def _structure(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _Hole() if value.is_floating_point() else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_structure, value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_structure(item) for item in value)
-    if isinstance(value, dict):
-        return type(value)(**{k: _structure(v) for k, v in value.items()})
-    return value
-
-
-def _filled(structure: Any, tensors: Iterator[Tensor]) -> Any:
-    if isinstance(structure, _Hole):
-        return next(tensors)
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(_filled(item, tensors) for item in structure))
-    if isinstance(structure, (list, tuple)):
-        return type(structure)(_filled(item, tensors) for item in structure)
-    if isinstance(structure, dict):
-        return type(structure)(**{k: _filled(v, tensors) for k, v in structure.items()})
-    return structure
-
-
-def _replaced(value: Any, swap: dict[int, Tensor]) -> Any:
-    """The structure with some tensors exchanged, and all others cut off from the pass's own graph."""
-    if isinstance(value, Tensor):
-        return swap.get(id(value), value.detach() if value.requires_grad else value)
-    if type(value) in (list, tuple):
-        return type(value)(_replaced(item, swap) for item in value)
-    if type(value) is dict:
-        return {k: _replaced(v, swap) for k, v in value.items()}
-    return value
-
-
-def _out_features(module: nn.Module) -> int:
-    weight: Any = module.weight
-    return int(weight.shape[1 if is_transposed(module) else 0])

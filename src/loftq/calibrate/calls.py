@@ -1,7 +1,8 @@
-"""The tensors in a block's call."""
+"""The tensors in a block's call and in what it returns: found, copied, taken out and put back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -47,3 +48,44 @@ def _copy(value: Any, rows: int, copies: dict[int, Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_copy(item, rows, copies) for item in value)
     return {k: _copy(v, rows, copies) for k, v in value.items()} if type(value) is dict else value
+
+
+class Hole:
+    """Stands for a floating-point tensor in the structure of a block's output."""
+
+
+def structure_of(value: Any) -> Any:
+    """A block's output with a :class:`Hole` for each floating-point tensor."""
+    if isinstance(value, Tensor):
+        return Hole() if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(structure_of, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(structure_of(item) for item in value)
+    if isinstance(value, dict):
+        return type(value)(**{k: structure_of(v) for k, v in value.items()})
+    return value
+
+
+def filled(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    """What :func:`structure_of` returned, with tensors for its holes, in the order of :func:`tensors_in`."""
+    if isinstance(structure, Hole):
+        return next(tensors)
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*(filled(item, tensors) for item in structure))
+    if isinstance(structure, (list, tuple)):
+        return type(structure)(filled(item, tensors) for item in structure)
+    if isinstance(structure, dict):
+        return type(structure)(**{k: filled(v, tensors) for k, v in structure.items()})
+    return structure
+
+
+def replaced(value: Any, swap: dict[int, Tensor]) -> Any:
+    """The structure with some tensors exchanged, and all others cut off from the pass's own graph."""
+    if isinstance(value, Tensor):
+        return swap.get(id(value), value.detach() if value.requires_grad else value)
+    if type(value) in (list, tuple):
+        return type(value)(replaced(item, swap) for item in value)
+    if type(value) is dict:
+        return {k: replaced(v, swap) for k, v in value.items()}
+    return value

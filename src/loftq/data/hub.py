@@ -12,7 +12,7 @@ def hub_rows(name: str, split: str, config: str | None = None, *, what: str, ins
     """The rows of a split, streamed.
 
     Args:
-        name, config: the data set's id and its configuration.
+        name, config: the data set's id and its configuration. split: or several, joined by ``+``, one after the other.
         what: what a user has called it, for the message where the package is missing. install: what pip has to install.
 
     Raises:
@@ -25,7 +25,8 @@ def hub_rows(name: str, split: str, config: str | None = None, *, what: str, ins
             f"{what} is no file here, and data sets of the hub need another package; give a file, or pip install {install}"
         ) from None
     try:
-        yield from load_dataset(*filter(None, (name, config)), split=split, streaming=True)
+        for part in split.split("+"):  # older versions of the package do not stream a sum
+            yield from load_dataset(*filter(None, (name, config)), split=part.strip(), streaming=True)
     except Exception as error:
         whole = f"{name}:{config}" if config else name
         raise SourceError(

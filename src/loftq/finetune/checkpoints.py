@@ -18,8 +18,12 @@ _STATE = "trainer_state.json"
 _NEEDED = ((_STATE,), ("optimizer.pt", "optimizer.bin"), ("scheduler.pt",))  # .bin: of FSDP
 
 
-def resume_point(folder: Path, notice: Callable[[str], None] = lambda sentence: None) -> Path | None:
-    """The latest whole checkpoint, ``None`` to begin anew. Damaged ones are removed, and ``notice`` is told.
+def resume_point(
+    folder: Path, notice: Callable[[str], None] = lambda sentence: None, *, until: int | None = None
+) -> Path | None:
+    """The latest whole checkpoint, of the step ``until`` at the latest where one is given; ``None`` to begin anew.
+
+    Damaged ones are removed, and ``notice`` is told.
 
     A checkpoint without the Trainer's state, which is written last, is one that was never finished, and nothing to tell.
 
@@ -28,6 +32,7 @@ def resume_point(folder: Path, notice: Callable[[str], None] = lambda sentence: 
     """
     with disk_errors(folder):
         found = [p for p in folder.glob("checkpoint-*") if (p / _STATE).is_file()]
+        found = [p for p in found if until is None or step_of(p) <= until]
         for checkpoint in sorted(found, key=step_of, reverse=True):
             problem = damage(checkpoint)
             if problem is None:

@@ -115,7 +115,7 @@ def _known_result(run: Path) -> TrainingRecord | None:
     record = TrainingRecord.load(run)
     if record.status.startswith("diverged") and not record.best_step:
         raise OutputError(
-            f"the run in {run} diverged before its first checkpoint and has no result; lower the learning rate and start "
+            f"the run in {run} diverged before its first good checkpoint and has no result; lower the learning rate and start "
             f"over with --no-resume"
         )
     return record

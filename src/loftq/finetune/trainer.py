@@ -1,10 +1,9 @@
-"""transformers' Trainer with this project's measurement, progress bar, and an eye on divergence."""
+"""transformers' Trainer with this project's measurement and shares of a batch; see also :mod:`loftq.finetune.watch`."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from loftq.data.collate import Collator
 from loftq.data.examples import Examples
@@ -25,11 +24,6 @@ from loftq.finetune.folder import CHECKPOINTS, writing
 from loftq.finetune.model import load_dtype
 from loftq.finetune.processes import Shared, Shares, collated, is_spread, spread_here
 from loftq.finetune.settings import TrainSettings
-
-WINDOW = 25
-"""Steps over which the loss is averaged to see whether it runs away."""
-RISE = 2.0
-"""Nats by which the averaged loss must exceed both its lowest and twice its lowest value to count as diverged."""
 
 Measure = Callable[[nn.Module], dict[str, float]]
 
@@ -175,6 +169,13 @@ class TaskTrainer(Trainer):
         """The model's, where FSDP has spread them over the processes; all must call."""
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # a run that was interrupted after its last step, or after the measurement that ended it, has nothing left to train
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         assert self.measure is not None
         started = time.perf_counter()
@@ -233,69 +234,3 @@ def as_loaded(model: nn.Module) -> Iterator[None]:
     finally:
         if patched is not None:
             vars(model)["forward"] = patched
-
-
-class Progress(TrainerCallback):
-    """Feeds a progress bar."""
-
-    def __init__(self, advance: Callable[[str, int], None]) -> None:
-        self.advance = advance
-        self.loss = ""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.loss = f"loss {float(logs['loss']):.4f}"
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.advance(self.loss, 1)
-
-
-class Divergence(TrainerCallback):
-    """Stops a run whose loss is no number any more, or has run away from the lowest it had.
-
-    In float16 a step whose gradient overflows is left out and the loss is scaled down, as it has to be in the first steps:
-    only many such steps in a row stop the run.
-
-    Attributes:
-        reason: what happened, once it did. finite_until: last step with a finite loss.
-    """
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.recent: deque[float] = deque(maxlen=WINDOW)
-        self.lowest = math.inf
-        self.skipped = 0
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs or self.reason is not None:
-            return
-        loss = float(logs["loss"])
-        overflow = not math.isfinite(float(logs.get("grad_norm") or 0.0))
-        self.skipped = self.skipped + 1 if overflow else 0
-        if not math.isfinite(loss) or (overflow and self.skipped > (WINDOW if args.fp16 else 0)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            self.reason = f"the {what} is no finite number at step {state.global_step}"
-        else:
-            self.recent.append(loss)
-            if len(self.recent) < WINDOW:
-                return
-            mean = sum(self.recent) / WINDOW
-            self.lowest = min(self.lowest, mean)
-            if mean > max(self.lowest + RISE, 2 * self.lowest):
-                self.reason = (
-                    f"the loss has risen from {self.lowest:.3g} to {mean:.3g} at step {state.global_step}, averaged over "
-                    f"{WINDOW} steps"
-                )
-        if self.reason is not None:
-            control.should_training_stop = True
-            self._keep_nothing(control)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.reason is not None:
-            self._keep_nothing(control)
-
-    @staticmethod
-    def _keep_nothing(control: TrainerControl) -> None:
-        """A checkpoint of this state would be taken for a good one."""
-        control.should_save = False
-        control.should_evaluate = False
