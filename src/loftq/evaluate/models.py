@@ -22,9 +22,17 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def is_quantized(model: str | Path) -> bool:
-    """Whether the folder is one that ``loftq quantize`` has written."""
+    """Whether the folder is one that ``loftq quantize`` has written.
+
+    Raises:
+        SourceError: its ``config.json`` is damaged, so that nobody can tell.
+    """
+    from loftq.checkpoint.source import read_json
     from loftq.hub.backbone import read_quantization_config
 
+    config = Path(model) / "config.json"
+    if os.path.isfile(config):
+        read_json(config)
     try:
         read_quantization_config(Path(model))
     except SourceError:
