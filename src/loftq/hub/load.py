@@ -13,6 +13,7 @@ from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -76,7 +77,7 @@ def load(
     return with_adapter(model, adapter_dir, trainable=trainable)
 
 
-def with_adapter(model: PreTrainedModel, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
+def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
     """``PeftModel.from_pretrained``.
 
     Raises:
