@@ -43,7 +43,7 @@ format: $(STAMP) ## rewrite the sources in the project's format
 docs: $(STAMP) ## regenerate the command reference from the code
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP) ## the benchmarks of benchmarks/README.md
+bench: $(STAMP) ## the benchmarks that take minutes; replaces files in benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
 clean: ## remove the environment and caches

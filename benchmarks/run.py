@@ -1,4 +1,7 @@
-"""Every benchmark that takes minutes, in turn, each in a process of its own: ``make bench``."""
+"""Every benchmark that takes minutes, in turn, each in a process of its own: ``make bench``.
+
+A file in ``results/`` for each: those that benchmarks/README.md quotes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,19 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def bench(file: str, *suites: str) -> list[str]:
+    """The command of ``loftq bench`` that writes one file of results."""
+    return ["-m", "loftq.cli", "bench", *suites, "--out", str(RESULTS / file)]
+
+
 COMMANDS = {
     "weight_error": [str(HERE / "weight_error.py")],
-    "loftq bench": ["-m", "loftq.cli", "bench", "--out", str(HERE / "results" / "bench.json")],
+    "packed layers": bench("bench_linear.json", "dequantize", "linear"),
+    "solver": bench("bench_solver.json", "solver"),
+    "SmolLM2": bench("bench_model.json", "model"),
     "table7": [str(HERE / "table7.py")],
 }
 

@@ -78,7 +78,8 @@ def _verb(name: str, callback: Callable[..., Any], command: Any) -> list[str]:
     hints = typing.get_type_hints(callback, include_extras=True)
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.name in hints]
-    usage = [f"loftq {name}", *(p.name.upper() for p in arguments)]
+    shown = [p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
+    usage = [f"loftq {name}", *(n if p.required else f"[{n}]" for n, p in zip(shown, arguments, strict=True))]
     usage += [f"{p.opts[0]} {_type(hints[p.name])[0].upper()}" for p in options if p.required]
     lines = [f"## loftq {name}", "", inspect.getdoc(callback) or "", ""]
     lines += ["```text", " ".join([*usage, "[OPTIONS]"]), "```"]

@@ -8,6 +8,7 @@ and never computed again by the same command.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -167,7 +168,7 @@ def compare(
     model = meta_model(source.config())
     todo = [(m, b, settings.config(m, b, model)) for b in settings.bits for m in settings.methods]
     causal = task_type(type(model).__name__) == "CAUSAL_LM"
-    results = Results(Path(out).expanduser(), _fingerprint(settings, source))
+    results = Results(Path(os.path.expanduser(out)), _fingerprint(settings, source))
     session = _Session(settings, source, model, causal, results.folder, statistics, command)
     baseline = next((cell for cell in results.done.values() if cell.method == FLOAT), None)
     yield (results.add(session.full_precision()), True) if baseline is None else (baseline, False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 import statistics
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +240,19 @@ def test_a_whole_model():
     assert cases["greedy decoding"]["tokens"] == model.QUICK_NEW_TOKENS
     with pytest.raises(LoftQError, match="`loftq bench speed --json` failed with exit code 2"):
         run_loftq(["bench", "speed", "--json"])
+
+
+def test_make_bench_replaces_the_files_that_the_readme_quotes():
+    """Every suite once, and every file of results linked from where its numbers are read."""
+    from loftq.bench.run import check
+
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    commands = runpy.run_path(str(folder / "run.py"))["COMMANDS"].values()
+    calls = [words[words.index("bench") + 1 :] for words in commands if "bench" in words]
+    suites = [suite for words in calls for suite in check(words[: words.index("--out")], QUICK)]
+    assert sorted(suites) == sorted(SUITES)
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for words in calls:
+        file = Path(words[-1])
+        assert file.is_file(), file
+        assert f"](results/{file.name})" in readme

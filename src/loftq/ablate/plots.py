@@ -6,6 +6,7 @@ matplotlib is an optional dependency (``loftq[plot]``). Only pictures that the s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def plot_sweep(folder: str | Path, settings: Ablation, *, title: str | None = No
         ConfigError: without matplotlib. SourceError: the tables are damaged.
     """
     require_matplotlib()
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     title = Path(settings.model).name if title is None else title
     tables = Tables(folder)
     written = []

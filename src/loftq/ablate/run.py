@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def ablate(
         ConfigError, SourceError: before anything is computed.
         OutputError: if ``out`` holds the results of other settings, or something else, or another process writes it.
     """
-    folder = Path(out).expanduser()
+    folder = Path(os.path.expanduser(out))
     source = open_source(settings.model)
     session = _Session(settings, source, folder, command, progress, notice)
     cells = list(dict.fromkeys(settings.cells().values()))

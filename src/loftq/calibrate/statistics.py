@@ -68,7 +68,7 @@ class Statistics(Mapping[str, InputStatistics]):
         """
         from safetensors.torch import save_file
 
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         keys: dict[int, str] = {}
         tensors: dict[str, Tensor] = {}
         layers: dict[str, dict[str, Any]] = {}
@@ -108,7 +108,7 @@ class Statistics(Mapping[str, InputStatistics]):
         Raises:
             SourceError: no such file, damaged, or of another model.
         """
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if not path.is_file():
             raise SourceError(f"{path} does not exist, expected the file that `loftq calibrate` writes")
         header = {name: (info, begin, size) for name, info, begin, size in read_header(path)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import positive_int
-from loftq.data.hub import hub_rows
+from loftq.data.hub import could_be_hub_name, hub_rows
 from loftq.errors import ConfigError, SourceError, first_line
 from loftq.evaluate.text import BUILTIN, builtin_text, read_text
 
@@ -111,11 +111,11 @@ def calibration_tokens(
     if tokenizer is None:
         raise ConfigError(f"calibration text {name!r} needs a tokenizer; put the tokenizer's files beside the model")
     if name.endswith(".jsonl"):
-        return _rows(Path(name).expanduser(), tokenizer, samples, length)
+        return _rows(Path(os.path.expanduser(name)), tokenizer, samples, length)
     if name == BUILTIN:
         text = builtin_text()
         text = text[: int(len(text) * _BUILTIN_SHARE)]
-    elif Path(name).expanduser().is_file():
+    elif os.path.isfile(os.path.expanduser(name)) or not could_be_hub_name(name):
         text = read_text(name)
     else:
         text = _dataset_text(name, samples * length)
@@ -173,13 +173,15 @@ def _stored_ids(path: Path, key: str) -> Tensor:
 
 def _rows(path: Path, tokenizer: Any, samples: int, length: int) -> CalibrationTokens:
     """One window a line, padded at the end."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SourceError(f"{path} does not exist, expected a file with one JSON object a line")
     windows: list[Tensor] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
     numbers = [i for i, line in enumerate(lines, 1) if line.strip()]
     for position in _spread(len(numbers), samples):
         number = numbers[position]

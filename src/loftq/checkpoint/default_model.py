@@ -46,9 +46,9 @@ _PIP_INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 def default_cache_dir() -> Path:
     """``$LOFTQ_CACHE``, else ``$XDG_CACHE_HOME/loftq``, else ``~/.cache/loftq``."""
     if chosen := os.environ.get("LOFTQ_CACHE"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "loftq"
+        return Path(os.path.expanduser(base)) / "loftq"
     return Path.home() / ".cache" / "loftq"
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,27 @@ def lock_file(stream: IO[bytes], path: Path) -> None:
 def replace_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a file whole: under another name first, then renamed, in place of an earlier one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors=errors)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_file(path: str | Path, what: str) -> None:
+    """Refuse a file that could not be written, before there is anything to write; its folder is created.
+
+    Raises:
+        OutputError: it is a folder, or nothing can be written there.
+    """
+    path = Path(os.path.expanduser(path))
+    with disk_errors(path):
+        if path.is_dir() or not path.name:
+            raise OutputError(f"{path} is a folder, expected a file for {what}; name one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

@@ -33,12 +33,13 @@ def bench(
     from loftq.bench.case import Options
     from loftq.bench.run import Bench
     from loftq.bench.units import amount
+    from loftq.checkpoint.writer import check_file
     from loftq.report.tables import console, print_json, table
 
     options = Options(repeats, quick, lambda sentence: typer.echo(f"loftq: {sentence}", err=True))
     bench = Bench(suites or (), options, command=parse.this_command())
     if out is not None:
-        bench.save(out)  # before minutes of work
+        check_file(out, "the results")
     for case, _ in bench.run():
         shown = ", ".join(f"{name} {amount(case.median(name), case.unit)}" for name in case.values)
         typer.echo(f"{case.suite}: {case.name}: {shown}", err=True)

@@ -34,6 +34,7 @@ def calibrate(
     """Collect the statistics of every layer's inputs once, for `loftq quantize --statistics` and `loftq plan`."""
     quiet_transformers()
     from loftq.calibrate.choose import collect_statistics
+    from loftq.checkpoint.writer import check_file
     from loftq.config import LoftQConfig
     from loftq.errors import ConfigError
 
@@ -48,6 +49,7 @@ def calibrate(
         calibration_gradients=gradients,
         seed=seed,
     )
+    check_file(out, "the statistics")
     statistics = collect_statistics(model, config, full=not diagonal, fisher=fisher, revision=revision)
     statistics.save(out)
     typer.echo(f"statistics of the inputs of {len(statistics)} layers in {out}")

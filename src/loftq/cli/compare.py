@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -147,7 +148,7 @@ def _plans(values: list[str] | None) -> dict[float, Path]:
     result = {}
     for value in values or ():
         bits, equals, file = value.partition("=")
-        if not equals or not Path(file).expanduser().is_file():
+        if not equals or not Path(os.path.expanduser(file)).is_file():
             raise ConfigError(f"--plans is {value!r}, expected BITS=FILE such as 2.5=plan.json with a file that exists")
-        result[_number(bits)] = Path(file).expanduser()
+        result[_number(bits)] = Path(os.path.expanduser(file))
     return result

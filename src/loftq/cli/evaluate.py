@@ -97,14 +97,15 @@ def _task(
     dtype: str | None,
     json_output: bool,
 ) -> None:
-    from loftq.evaluate.predictions import check_writable, write_predictions
+    from loftq.checkpoint.writer import check_file
+    from loftq.evaluate.predictions import write_predictions
     from loftq.finetune.measure import evaluate_task
     from loftq.report.tables import print_json
     from loftq.report.training import print_metrics
 
     given = {name: value for name, value in changes.items() if value is not None}
     if predictions is not None:
-        check_writable(predictions)
+        check_file(predictions, "the predictions")
     result, settings, notes = evaluate_task(model, given, metrics, dtype=dtype, **decoding)
     for note in notes:
         typer.echo(f"loftq: {note}", err=True)

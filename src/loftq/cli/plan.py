@@ -111,6 +111,7 @@ def plan(
     )
 
     quiet_transformers()
+    from loftq.checkpoint.writer import check_file
     from loftq.plan.budget import WEIGHTINGS, Budget, best_plan, best_weighting, comparisons, largest_first_layers
     from loftq.plan.errors import grid, measure_checkpoint
     from loftq.plan.file import Choice, PlanFile
@@ -119,8 +120,11 @@ def plan(
         one_of("--weighting", weighting, WEIGHTINGS)
     budget = Budget(bits_per_weight=target_bpw, code_bits=target_bits, **_rank_budget(rank_budget))
     widths = pair if rule == "first-layers" else _numbers("--bits", bits)
-    depths = _numbers("--ranks", ranks) if ranks is not None else (rank or 16,)
+    depths = _numbers("--ranks", ranks) if ranks is not None else (16 if rank is None else rank,)
     choices = grid(widths, _numbers("--block-sizes", block_sizes), depths)
+    check_file(out, "the plan")
+    if errors is not None:
+        check_file(errors, "the measured errors")
     table = measure_checkpoint(
         model,
         config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,7 +72,7 @@ def reproduce(
         out=Path("reproduce") / recipe.name if out is None else out,
         methods=parse.names("--methods", methods) or (),
         model=model,
-        local={} if local is None else find_local(recipe, local.expanduser(), chosen),
+        local={} if local is None else find_local(recipe, Path(os.path.expanduser(local)), chosen),
         limit=limit,
         seeds=_seeds(seeds),
     )
@@ -213,5 +214,5 @@ def _files(values: list[str] | None) -> dict[str, Path]:
         split, equals, file = value.partition("=")
         if not equals or not split or not file:
             raise ConfigError(f"--file is {value!r}, expected SPLIT=FILE such as train=my-train.jsonl")
-        result[split] = Path(file).expanduser()
+        result[split] = Path(os.path.expanduser(file))
     return result

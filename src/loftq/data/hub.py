@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Any
 
+from loftq.data.formats import SUFFIXES
 from loftq.errors import ConfigError, SourceError, first_line
+
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def could_be_hub_name(name: str) -> bool:
+    """Whether this could be the name of a data set of the hub, rather than of a file that does not exist."""
+    return _NAME.fullmatch(name) is not None and PurePath(name).suffix.lower() not in SUFFIXES
 
 
 def hub_rows(name: str, split: str, config: str | None = None, *, what: str, install: str) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ A data set is a file, a folder with one file a split (``train.jsonl``, ``validat
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq.data.formats import SUFFIXES, reader_for
-from loftq.data.hub import hub_rows
+from loftq.data.hub import could_be_hub_name, hub_rows
 from loftq.errors import SourceError
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 # names under which people keep the same split
 _SPLITS = {
     "validation": ("validation", "dev", "val", "valid"),
@@ -48,7 +47,7 @@ def read_rows(
     Raises:
         SourceError: no such data set, an unreadable one, or one without rows; the message names file and line.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         if path.is_dir():
             path = _file_of(path, split)
@@ -57,7 +56,7 @@ def read_rows(
     found: Iterator[Row]
     if path.is_file():
         found = (Row(values, where) for values, where in reader_for(path)(path, numbered))
-    elif _HUB_NAME.fullmatch(str(name)) and path.suffix.lower() not in SUFFIXES:
+    elif could_be_hub_name(str(name)):
         found = _hub_rows(str(name), split)
     else:
         raise SourceError(f"data {str(name)!r} does not exist, expected a file, a folder of splits or a hub data set")

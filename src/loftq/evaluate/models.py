@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,17 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def is_quantized(model: str | Path) -> bool:
-    """Whether the folder is one that ``loftq quantize`` has written."""
+    """Whether the folder is one that ``loftq quantize`` has written.
+
+    Raises:
+        SourceError: its ``config.json`` is damaged, so that nobody can tell.
+    """
+    from loftq.checkpoint.source import read_json
     from loftq.hub.backbone import read_quantization_config
 
+    config = Path(model) / "config.json"
+    if os.path.isfile(config):
+        read_json(config)
     try:
         read_quantization_config(Path(model))
     except SourceError:
@@ -44,7 +53,7 @@ def load_for_inference(
     import transformers
 
     from loftq.hub.backbone import adapter_config
-    from loftq.hub.load import load, load_backbone
+    from loftq.hub.load import load, load_backbone, with_adapter
 
     one_of("dtype", dtype, _DTYPES)
     if adapter is not None and not use_adapter:
@@ -61,22 +70,22 @@ def load_for_inference(
     else:
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=chosen, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SourceError(f"{model} does not load as a causal language model ({first_line(error)})") from None
+        except Exception as error:  # transformers and safetensors have many kinds for a damaged file
+            raise SourceError(
+                f"{model} does not load as a causal language model ({first_line(error)}); check its files, or name another"
+            ) from None
         if adapter is not None:
-            from peft import PeftModel
-
             adapter_config(adapter)
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
+            loaded = with_adapter(loaded, adapter)
     check_causal(loaded, model)
     return loaded.to(device).eval()
 
 
 def check_exists(model: str | Path) -> None:
     """A :class:`SourceError` for what is neither a folder here nor could be the name of a model on the hub."""
-    if Path(model).is_file():
+    if os.path.isfile(model):
         raise SourceError(f"{model} is a file, expected a model's folder or a hub id")
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)):
+    if not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)):
         raise SourceError(f"{model} does not exist, expected a model's folder or a hub id")
 
 
@@ -114,8 +123,10 @@ def load_config(model: str | Path) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{model} has no readable config.json ({error}); expected a model") from None
+    except Exception as error:  # whatever a file of another shape brings about
+        raise SourceError(
+            f"{model} has no config.json that transformers can read ({first_line(error)}); expected a model"
+        ) from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None) -> Tensor:

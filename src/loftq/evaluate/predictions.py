@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.writer import disk_errors
-from loftq.errors import OutputError, SourceError
+from loftq.errors import SourceError
 
 _REQUIRED = {"id", "input", "prediction", "reference"}
 
@@ -53,21 +52,6 @@ def write_predictions(path: str | Path, rows: Iterable[Prediction]) -> None:
                     del values["score"]
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
         os.replace(partial, path)
-
-
-def check_writable(path: str | Path) -> None:
-    """What :func:`write_predictions` would refuse, before there is anything to write.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    path = Path(path)
-    with disk_errors(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder, expected a file for the predictions; name one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -31,17 +32,20 @@ def read_text(name: str) -> str:
     """``pydoc``, or the contents of a UTF-8 file.
 
     Raises:
-        SourceError: no such file, not UTF-8, or empty.
+        SourceError: no such file, unreadable, not UTF-8, or empty.
     """
     if name == BUILTIN:
         return builtin_text()
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise SourceError(f"text {name!r} is no file, expected a UTF-8 text file or {BUILTIN!r} for the built-in text")
+    path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path):  # unlike pathlib's, this says no to a name that is too long: a text in place of a file
+        shown = name if len(name) <= 80 else f"{name[:79]}…"
+        raise SourceError(f"text {shown!r} is no file, expected a UTF-8 text file or {BUILTIN!r} for the built-in text")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
     if not text.strip():
-        raise SourceError(f"{path} is empty, expected text to evaluate on")
+        raise SourceError(f"{path} is empty, expected text")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def stored_tokens(name: str) -> Tensor | None:
     stem, separator, key = name.rpartition(_SEPARATOR)
     if not separator:
         return None
-    path = Path(stem + ".safetensors").expanduser()
+    path = Path(os.path.expanduser(stem + ".safetensors"))
     if not path.is_file():
         raise SourceError(f"{path} does not exist, expected a safetensors file with token ids")
     file = SafetensorsSource(path.parent, single=path.name)
@@ -91,5 +92,5 @@ def text_digest(name: str | None) -> str | None:
 
 def _place(name: str) -> tuple[Path, str]:
     stem, separator, key = name.rpartition(_SEPARATOR)
-    path = Path(stem + ".safetensors" if separator else name).expanduser().resolve()
+    path = Path(os.path.expanduser(stem + ".safetensors" if separator else name)).resolve()
     return path, key if separator else ""

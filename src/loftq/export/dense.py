@@ -41,7 +41,7 @@ def export_dense(
     """
     from loftq.hub.load import load
 
-    directory, out_dir = Path(directory), Path(out_dir).expanduser().resolve()
+    directory, out_dir = Path(directory), Path(os.path.expanduser(out_dir)).resolve()
     one_of("dtype", dtype, DTYPES)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
     check_target(out_dir)

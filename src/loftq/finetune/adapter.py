@@ -76,6 +76,11 @@ def task_lora_config(
     from peft import LoraConfig
 
     stored = adapter_config(folder / INIT_DIR)
+    lacking = [name for name in ("r", "lora_alpha") if not isinstance(stored.get(name), (int, float))]
+    if lacking:
+        raise SourceError(
+            f"{folder / INIT_DIR}'s config lacks {lacking[0]}, expected the fitted adapter's; quantize again"
+        )
     plans = _plans(folder, names)
     has_experts = any(plan.experts for plan in plans.values())
     dropout = stored.get("lora_dropout", 0.0) if lora_dropout is None else lora_dropout

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from loftq.data.tasks import task
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import ConfigError, LoftQError, SourceError, first_line
 from loftq.evaluate.models import check_exists, is_quantized
 from loftq.finetune.adapter import (
     TASK_TYPES,
@@ -144,7 +143,9 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
             model, info = getattr(transformers, chosen.model).from_pretrained(
                 start.base, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (LoftQError, MemoryError):
+        raise
+    except Exception as error:  # transformers and safetensors have many kinds for a damaged file
         raise SourceError(
             f"{start.base} does not load as a model for {chosen.name} ({first_line(error)}); expected one that "
             f"{chosen.model} knows"

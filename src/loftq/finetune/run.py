@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def train(
         SourceError: a model or data that cannot be used, by file and line. ConfigError: settings that do not fit.
         OutputError: a folder that holds something else.
     """
-    run = Path(out).expanduser()
+    run = Path(os.path.expanduser(out))
     with disk_errors(run):  # its name alone may be too long
         if init_from is None and is_quantized(run):
             init_from, run = run, run / IN_FOLDER

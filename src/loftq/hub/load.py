@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint.naming import architecture
-from loftq.errors import BackboneMismatchError, SourceError, first_line
+from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
 from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -29,11 +30,13 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
 
     directory = Path(directory)
     read_quantization_config(directory)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    cls = architecture(config) or transformers.AutoModel
     try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        cls = architecture(config) or transformers.AutoModel
         model, info = cls.from_pretrained(directory, output_loading_info=True, **from_pretrained_kwargs)
-    except (RuntimeError, OSError) as error:
+    except (LoftQError, MemoryError):
+        raise
+    except Exception as error:  # transformers and safetensors have many kinds for a damaged file
         raise SourceError(
             f"{directory} does not load ({first_line(error)}); its files are incomplete, quantize again"
         ) from None
@@ -61,8 +64,6 @@ def load(
         SourceError: if the folder or the adapter is missing or incomplete.
         BackboneMismatchError: if the adapter says that it was made for another backbone.
     """
-    from peft import PeftModel
-
     directory = Path(directory)
     model = load_backbone(directory, **from_pretrained_kwargs)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
@@ -73,4 +74,21 @@ def load(
             f"the adapter in {adapter_dir} belongs to backbone {recorded[:12]}…, but {directory} is {expected[:12]}…; load it "
             f"with the quantized folder it was trained on"
         )
-    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
+    return with_adapter(model, adapter_dir, trainable=trainable)
+
+
+def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
+    """``PeftModel.from_pretrained``.
+
+    Raises:
+        SourceError: the adapter is damaged, or another model's.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
+    except Exception as error:  # PEFT, torch and safetensors have many kinds for it
+        raise SourceError(
+            f"the adapter in {adapter_dir} does not load ({first_line(error)}); expected a PEFT adapter of this model, fetch "
+            f"or train it again"
+        ) from None

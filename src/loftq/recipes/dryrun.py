@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ def module_summary(model: str, config: LoftQConfig) -> ModuleSummary | None:
 
 
 def _config_folder(model: str) -> Path | None:
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache

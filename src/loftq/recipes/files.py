@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_recipe(name: str | Path, changes: Iterable[str] = ()) -> Recipe:
         SourceError: the file cannot be read.
     """
     if str(name).endswith(_SUFFIX):
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))
         called = file.stem
     else:
         names = list_recipes()

@@ -145,5 +145,5 @@ class QuantizationReport:
             if not report.modules:
                 raise ValueError("it lists no modules")
             return report
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SourceError(f"{path} is damaged ({error}); quantize again") from None
