@@ -71,6 +71,14 @@ def _config(name: str) -> tf.PretrainedConfig:
             return tf.MixtralConfig(**sizes, num_local_experts=4)
         if name == "qwen3-moe":
             return tf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=40, head_dim=16)
+        if name in BESIDE_DENSE:
+            sizes |= {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 40, "n_group": 2}
+            sizes |= {"topk_group": 2, "first_k_dense_replace": 1}
+            if name == "glm4-moe":
+                return tf.Glm4MoeConfig(**sizes, head_dim=16)
+            sizes |= {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16}
+            sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+            return tf.DeepseekV3Config(**sizes) if name == "deepseek-v3" else tf.DeepseekV2Config(**sizes)
         return tf.GptOssConfig(**sizes, num_local_experts=4, head_dim=16)
     raise KeyError(name)
 
@@ -88,9 +96,14 @@ CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3-moe": "Qwen3MoeForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
+    "deepseek-v2": "DeepseekV2ForCausalLM",
+    "deepseek-v3": "DeepseekV3ForCausalLM",
+    "glm4-moe": "Glm4MoeForCausalLM",
 }
 
-MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
+# the first layer dense, a shared expert in the second
+BESIDE_DENSE = ("deepseek-v2", "deepseek-v3", "glm4-moe")
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", *BESIDE_DENSE)
 
 
 def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTrainedModel:

@@ -232,7 +232,6 @@ def quantize_model(
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    from loftq.hub.experts import register_with_peft
     from loftq.hub.quantizer import (
         LoftQQuantizationConfig,
         present_for_dtype_checks,
@@ -248,6 +247,7 @@ def quantize_model(
         except WeightError as error:  # before anything is replaced
             raise WeightError(f"{plan.name}: {error}") from None
     lora = adapters.lora_config(plans, model, config)
+    adapters.know_experts(model)
     state: dict[str, Tensor] = {}
     experts: dict[str, dict[str, list[QuantizedTensor]]] = {}
     with _reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
@@ -264,9 +264,7 @@ def quantize_model(
             else:
                 replace_module(model, name, _packed(model.get_submodule(name), results[0].quantized, plan))
             advance(name, plan.numel)
-    if any(plan.experts for plan in plans.values()):
-        register_with_peft()
-        save_experts_whole(model)
+    save_experts_whole(model)
     present_for_dtype_checks(model)
     if hasattr(model, "config"):
         specs = {name: plan.spec for name, plan in plans.items()}

@@ -43,6 +43,7 @@ def load_for_inference(
     """
     import transformers
 
+    from loftq.hub.adapter import know_experts
     from loftq.hub.backbone import adapter_config
     from loftq.hub.load import load, load_backbone
 
@@ -67,6 +68,7 @@ def load_for_inference(
             from peft import PeftModel
 
             adapter_config(adapter)
+            know_experts(loaded)
             loaded = PeftModel.from_pretrained(loaded, str(adapter))
     check_causal(loaded, model)
     return loaded.to(device).eval()
