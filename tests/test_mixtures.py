@@ -293,6 +293,19 @@ def test_a_source_without_an_expert_is_refused(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def test_a_source_without_a_norm_is_refused(tmp_path):
+    """As any other model's: that experts have other names in a checkpoint says nothing of what else is missing."""
+    from safetensors.torch import save_file
+
+    tiny_model("mixtral").save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(loftq.SourceError, match=r"the checkpoint lacks model.norm.weight"):
+        loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "q", CONFIG, progress=False)
+    assert not (tmp_path / "q").exists()
+
+
 @BOTH
 def test_interrupted_and_continued(name, tmp_path, monkeypatch):
     whole = quantize(name, tmp_path / "whole")
@@ -458,7 +471,9 @@ def test_no_warning_of_ranks_that_count(tmp_path):
         loaded = load(folder)
     experts = loaded.get_base_model().model.layers[0].mlp.experts
     assert (experts.parameter_name, experts.r["default"]) == ("down_proj", 2)
-    absent = LoraConfig(r=4, target_parameters=["experts.down_proj"], rank_pattern={"experts.down_proj": 2, "nowhere": 1})
+    absent = LoraConfig(
+        r=4, target_parameters=["experts.down_proj"], rank_pattern={"experts.down_proj": 2, "nowhere": 1}
+    )
     with pytest.warns(RuntimeWarning, match=r"rank_pattern keys .*nowhere"):
         get_peft_model(tiny_model("mixtral"), absent)
 

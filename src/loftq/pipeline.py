@@ -120,7 +120,11 @@ def quantize_checkpoint(
         report = QuantizationReport.load(out_dir)
         same = (report.config, report.source["sha256"]) == (fingerprint["config"], hashes)
         same = same and report.calibration == fingerprint["calibration"]
-        if resume and same and all((out_dir / file).exists() for file in files):
+        # a plan's file may have changed under the same name
+        chosen = {n: (p.spec.bits, p.spec.block_size, p.rank) for n, p in plans.items()}
+        same = same and chosen == {m.name: (m.bits, m.block_size, m.rank) for m in report.modules}
+        needed = [*files, "config.json", f"{adapters.INIT_DIR}/{adapters.ADAPTER_CONFIG}"]
+        if resume and same and all((out_dir / file).exists() for file in needed):
             remove_leftovers(out_dir)
             return report
         raise OutputError(
