@@ -27,6 +27,7 @@ from loftq.data.prepare import DataSettings
 from loftq.finetune.load import load_run
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
+from loftq.hub.adapter import know_experts
 from loftq.modules import QuantExperts
 from loftq.modules.experts import fused_experts
 from loftq.plan.errors import grid, measure_checkpoint
@@ -459,7 +460,9 @@ def test_adapters_of_older_experts_are_still_converted():
     """What PEFT does for a dense model and a config with the names of an older transformers is left to it."""
     targets = ["gate_proj", "up_proj", "down_proj"]
     read = LoraConfig(r=4, target_modules=list(targets))
-    get_peft_model(tiny_model("qwen3-moe"), read)
+    model = tiny_model("qwen3-moe")
+    know_experts(model)
+    get_peft_model(model, read)
     assert read.target_parameters == {"gate_up_proj", "down_proj"}
 
 

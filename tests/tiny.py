@@ -65,7 +65,7 @@ def _config(name: str) -> tf.PretrainedConfig:
             max_position_embeddings=64,
             word_embed_proj_dim=48,
         )
-    if name in MIXTURES:
+    if name in (*MIXTURES, *BESIDE_DENSE):
         sizes = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2}
         if name == "mixtral":
             return tf.MixtralConfig(**sizes, num_local_experts=4)
@@ -96,14 +96,16 @@ CLASSES = {
     "mixtral": "MixtralForCausalLM",
     "qwen3-moe": "Qwen3MoeForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
+}
+
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
+
+# mixtures whose first layer is dense, and the second has a shared expert; see test_mixtures.py
+BESIDE_DENSE = {
     "deepseek-v2": "DeepseekV2ForCausalLM",
     "deepseek-v3": "DeepseekV3ForCausalLM",
     "glm4-moe": "Glm4MoeForCausalLM",
 }
-
-# the first layer dense, a shared expert in the second
-BESIDE_DENSE = ("deepseek-v2", "deepseek-v3", "glm4-moe")
-MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", *BESIDE_DENSE)
 
 
 def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTrainedModel:
@@ -112,7 +114,7 @@ def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTra
     if layers is not None:
         config.num_hidden_layers = layers
     torch.manual_seed(seed)
-    model = getattr(tf, CLASSES[name])(config)
+    model = getattr(tf, {**CLASSES, **BESIDE_DENSE}[name])(config)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear) or is_transposed(module):

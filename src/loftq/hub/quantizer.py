@@ -17,7 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.config import QuantSpec
 from loftq.errors import SourceError
-from loftq.hub.adapter import know_experts
 from loftq.modules import PackedModule, PackedWeight, QuantEmbedding, QuantExperts, QuantLinear
 from loftq.modules.experts import fused_experts, is_fused_experts
 from loftq.modules.linear import is_transposed
@@ -132,6 +131,8 @@ def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
 def place_packed(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
     """Put empty packed layers on the meta device in place of dense ones, and of the modules that hold packed experts."""
     experts: dict[str, dict[str, QuantSpec]] = {}
+    from loftq.hub.adapter import know_experts
+
     know_experts(model)
     for name, spec in specs.items():
         owner, _, leaf = name.rpartition(".")
