@@ -103,6 +103,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantized decoder with experts."""
+    from small import quantized_mixtral
+
+    return quantized_mixtral(tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small quantized bare encoder, without any head."""
     from small import quantized_bert

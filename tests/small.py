@@ -30,6 +30,14 @@ def quantized_llama(folder: Path, **options) -> Path:
     return quantized(tf.LlamaForCausalLM(tf.LlamaConfig(**_WIDTHS, **_IDS, **sizes)), folder, **options)
 
 
+def quantized_mixtral(folder: Path, **options) -> Path:
+    """A decoder with four experts a layer, of which a token gets two."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return quantized(tf.MixtralForCausalLM(tf.MixtralConfig(**_WIDTHS, **_IDS, **sizes)), folder, **options)
+
+
 def quantized_bert(folder: Path, **options) -> Path:
     """A bare encoder, without any head."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import threading
@@ -13,10 +14,11 @@ import psutil
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import loftq
 from letters import letters
-from loftq import units
+from loftq import pipeline, units
 from loftq.calibrate.choose import collect_statistics
 from loftq.checkpoint.source import hub_snapshot, open_source
 from loftq.checkpoint.writer import Staging
@@ -305,6 +307,125 @@ def test_a_worker_with_another_source(workdir):
     error = worker.compute(task, None)
     assert isinstance(error, loftq.SourceError)
     assert "has other files on" in str(error)
+
+
+def test_a_worker_with_another_fine_tuning_of_the_same_size(workdir):
+    """Under the same path on its own disk: nothing but the numbers differ."""
+    task = task_for(decoder(workdir))
+    weights = workdir / "source" / "model.safetensors"
+    size = weights.stat().st_size
+    tensors = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == size
+    error = worker.compute(task, None)
+    assert isinstance(error, loftq.SourceError)
+    assert "has other files on" in str(error)
+
+
+def test_a_link_to_a_snapshot_of_the_hub(workdir):
+    """As a worker has no such link, it must know what it leads to."""
+    snapshot = workdir / "cache" / "models--some--model" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    decoder(workdir).rename(snapshot)
+    (workdir / "linked model").symlink_to(snapshot)
+    assert worker.Origin.of(open_source(workdir / "linked model")).hub == ("some/model", "0123abcd")
+
+
+class ShrinkingCluster:
+    """Stands for Ray: a machine of four cores, lost as soon as it has work, and one of two. What asks for more never ends."""
+
+    class exceptions:
+        RayError = type("RayError", (Exception,), {})
+        RayTaskError = type("RayTaskError", (RayError,), {})
+
+    def __init__(self) -> None:
+        self.nodes_left, self.running, self.cancelled = [4, 2], {}, []
+
+    def remote(self, **options):
+        return lambda function: self
+
+    def options(self, num_cpus, name):
+        self.asked = num_cpus
+        return argparse.Namespace(remote=self.start)
+
+    def start(self, task, of_input):
+        reference = f"{task.unit.name} on {self.asked}"
+        self.running[reference] = (
+            self.asked,
+            worker.Result({}, {"name": task.unit.name}, 0.0, "here", task.stack.instructions),
+        )
+        self.nodes_left = [2]
+        return reference
+
+    def wait(self, references, num_returns=1, timeout=None):
+        assert timeout is not None, "would wait for ever"
+        done = [r for r in references if self.running[r][0] <= max(self.nodes_left)]
+        return done[:num_returns], references
+
+    def get(self, reference):
+        return self.running[reference][1]
+
+    def cancel(self, reference, force):
+        self.cancelled.append(reference)
+
+    def put(self, value):
+        raise self.exceptions.RayError("the store is full")
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": float(cores)}} for cores in self.nodes_left]
+
+    def cluster_resources(self):
+        return {"CPU": float(sum(self.nodes_left))}
+
+
+def test_the_largest_machine_is_lost(workdir, monkeypatch):
+    """A large matrix asks for as many cores as the largest machine has; the machines that are left have fewer."""
+    monkeypatch.setattr(threads, "SMALL", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    unit, source, shrinking = task_for(decoder(workdir)).unit, open_source("source"), ShrinkingCluster()
+    engine = cluster.RayEngine(shrinking, source, WEIGHTS, lambda sentence: None)
+    ((done, ((_, record), _)),) = engine.run([jobs.Job(unit)])
+    assert done is unit
+    assert record == {"name": unit.name}
+    assert shrinking.cancelled == [f"{unit.name} on 4"]
+
+
+def test_statistics_that_do_not_fit_are_said(workdir):
+    unit = task_for(decoder(workdir)).unit
+    engine = cluster.RayEngine(ShrinkingCluster(), open_source("source"), WEIGHTS, lambda sentence: None)
+    statistics = InputStatistics(torch.eye(unit.plan.shape[1]), tokens=7)
+    with pytest.raises(loftq.ClusterError, match=r"do not fit into Ray's object store \(the store is full\)"):
+        list(engine.run([jobs.Job(unit, statistics)]))
+
+
+def test_work_ends_before_the_engine_is_closed(workdir, monkeypatch):
+    """When writing fails or the user interrupts: not when the traceback is given up, after the cluster is gone."""
+    decoder(workdir)
+    events, run = [], jobs.LocalEngine.run
+
+    def watched(self, given):
+        try:
+            yield from run(self, given)
+        finally:
+            events.append("work ended")
+
+    @contextlib.contextmanager
+    def opened(*arguments):
+        with jobs.open_engine(*arguments) as engine:
+            try:
+                yield engine
+            finally:
+                events.append("engine closed")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.LocalEngine, "run", watched)
+    monkeypatch.setattr(pipeline, "open_engine", opened)
+    monkeypatch.setattr(Staging, "write_unit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False)
+    assert events == ["work ended", "engine closed"]
 
 
 def test_a_worker_with_another_torch(workdir):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -26,13 +27,14 @@ from loftq.data.prepare import DataSettings
 from loftq.finetune.load import load_run
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
+from loftq.hub.adapter import know_experts
 from loftq.modules import QuantExperts
 from loftq.modules.experts import fused_experts
 from loftq.plan.errors import grid, measure_checkpoint
 from loftq.refine import RefineSettings, refine
 from loftq.report.record import QuantizationReport
 from loftq.solver.importance import InputStatistics
-from tiny import densify, first_output, inputs_for, tiny_model
+from tiny import BESIDE_DENSE, densify, first_output, inputs_for, tiny_model
 from words import write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,6 +294,19 @@ def test_a_source_without_an_expert_is_refused(tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def test_a_source_without_a_norm_is_refused(tmp_path):
+    """As any other model's: that experts have other names in a checkpoint says nothing of what else is missing."""
+    from safetensors.torch import save_file
+
+    tiny_model("mixtral").save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(loftq.SourceError, match=r"the checkpoint lacks model.norm.weight"):
+        loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "q", CONFIG, progress=False)
+    assert not (tmp_path / "q").exists()
+
+
 @BOTH
 def test_interrupted_and_continued(name, tmp_path, monkeypatch):
     whole = quantize(name, tmp_path / "whole")
@@ -387,17 +402,83 @@ def test_what_cannot_be_done_is_said():
         loftq.quantize_model(broken, CONFIG)
 
 
-def test_layers_that_peft_takes_for_experts_are_refused():
-    """PEFT reads the names of a shared expert's layers as those of the experts of an older transformers."""
-    config = tiny_model("qwen3-moe").config
-    config.mlp_only_layers = [0]
-    model = tf.Qwen3MoeForCausalLM(config)
-    with pytest.raises(loftq.ConfigError, match=r"PEFT takes model.layers.0.mlp.gate_proj \(and 2 more.*") as refused:
-        loftq.quantize_model(model, CONFIG)
-    left = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
-    assert f"exclude_modules={left!r}" in str(refused.value)
-    loftq.quantize_model(model, CONFIG.replace(exclude_modules=left))(**step_inputs())
-    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
+@pytest.mark.parametrize("name", BESIDE_DENSE)
+def test_a_dense_layer_and_a_shared_expert(name, tmp_path):
+    """PEFT reads the names of their layers as those of the experts of an older transformers; here they are adapted too."""
+    folder = quantize(name, tmp_path)
+    names = {m.name for m in QuantizationReport.load(folder).modules}
+    leaves = {"gate_proj", "up_proj", "down_proj"}
+    assert names >= {f"model.layers.{where}.{leaf}" for where in ("0.mlp", "1.mlp.shared_experts") for leaf in leaves}
+    loaded = load(folder, trainable=True)
+    adapted = {n for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert {n for n in names if ".experts." not in n} <= adapted
+    expected = first_output(densify(tiny_model(name), loaded.eval()), name)
+    assert (first_output(loaded, name) - expected).abs().max() < 1e-4
+
+    before = {n: t.clone() for n, t in loaded.state_dict().items()}
+    trained = [p for p in loaded.parameters() if p.requires_grad]
+    loaded.train()(**step_inputs()).loss.backward()
+    torch.optim.AdamW(trained, 5e-3).step()
+    moved = {n for n, t in loaded.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {n for n in before if "lora_" in n}
+    loaded.save_pretrained(tmp_path / "adapter")
+    base = tf.AutoModelForCausalLM.from_pretrained(folder)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(first_output(again, name), first_output(loaded.eval(), name))
+
+    loftq.export_dense(folder, tmp_path / "dense", adapter=tmp_path / "adapter", dtype="float32")
+    dense = type(tiny_model(name)).from_pretrained(tmp_path / "dense")
+    assert (first_output(dense, name) - first_output(again, name)).abs().max() < 1e-4
+    live = loftq.quantize_model(tiny_model(name), CONFIG, progress=False).eval()
+    assert (first_output(live, name) - expected).abs().max() < 1e-4
+
+
+def test_dense_layers_alone_beside_experts_in_full_precision(tmp_path):
+    folder = quantize("deepseek-v3", tmp_path, CONFIG.replace(exclude_modules=r".*\.experts\..*"))
+    assert not any(m.experts for m in QuantizationReport.load(folder).modules)
+    loaded = load(folder)
+    expected = first_output(densify(tiny_model("deepseek-v3"), loaded), "deepseek-v3")
+    assert (first_output(loaded, "deepseek-v3") - expected).abs().max() < 1e-4
+    assert not loaded.peft_config["default"].target_parameters
+
+
+def test_the_same_adapter_on_a_dense_model(tmp_path):
+    """Names and shapes are PEFT's: with Q in dense layers the adapter gives the same outputs."""
+    folder = quantize("deepseek-v3", tmp_path)
+    packed = load(folder)
+    dense = densify(tiny_model("deepseek-v3"), packed)
+    expected = first_output(dense, "deepseek-v3")
+    for module in packed.modules():
+        for factor in getattr(module, "lora_B", {}).values():
+            factor.weight.data.zero_()
+    only_q = densify(tiny_model("deepseek-v3"), packed)
+    adapted = PeftModel.from_pretrained(only_q, folder, subfolder="loftq_init")
+    assert (first_output(adapted, "deepseek-v3") - expected).abs().max() < 1e-4
+
+
+def test_adapters_of_older_experts_are_still_converted():
+    """What PEFT does for a dense model and a config with the names of an older transformers is left to it."""
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    read = LoraConfig(r=4, target_modules=list(targets))
+    model = tiny_model("qwen3-moe")
+    know_experts(model)
+    get_peft_model(model, read)
+    assert read.target_parameters == {"gate_up_proj", "down_proj"}
+
+
+def test_no_warning_of_ranks_that_count(tmp_path):
+    config = CONFIG.replace(rank_pattern={"experts.down_proj": 2, "q_proj": 3})
+    folder = quantize("mixtral", tmp_path, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load(folder)
+    experts = loaded.get_base_model().model.layers[0].mlp.experts
+    assert (experts.parameter_name, experts.r["default"]) == ("down_proj", 2)
+    absent = LoraConfig(
+        r=4, target_parameters=["experts.down_proj"], rank_pattern={"experts.down_proj": 2, "nowhere": 1}
+    )
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys .*nowhere"):
+        get_peft_model(tiny_model("mixtral"), absent)
 
 
 def test_layers_beside_the_experts(tmp_path):

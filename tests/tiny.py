@@ -65,12 +65,20 @@ def _config(name: str) -> tf.PretrainedConfig:
             max_position_embeddings=64,
             word_embed_proj_dim=48,
         )
-    if name in MIXTURES:
+    if name in (*MIXTURES, *BESIDE_DENSE):
         sizes = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2}
         if name == "mixtral":
             return tf.MixtralConfig(**sizes, num_local_experts=4)
         if name == "qwen3-moe":
             return tf.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=40, head_dim=16)
+        if name in BESIDE_DENSE:
+            sizes |= {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 40, "n_group": 2}
+            sizes |= {"topk_group": 2, "first_k_dense_replace": 1}
+            if name == "glm4-moe":
+                return tf.Glm4MoeConfig(**sizes, head_dim=16)
+            sizes |= {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16}
+            sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+            return tf.DeepseekV3Config(**sizes) if name == "deepseek-v3" else tf.DeepseekV2Config(**sizes)
         return tf.GptOssConfig(**sizes, num_local_experts=4, head_dim=16)
     raise KeyError(name)
 
@@ -92,6 +100,13 @@ CLASSES = {
 
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss")
 
+# mixtures whose first layer is dense, and the second has a shared expert; see test_mixtures.py
+BESIDE_DENSE = {
+    "deepseek-v2": "DeepseekV2ForCausalLM",
+    "deepseek-v3": "DeepseekV3ForCausalLM",
+    "glm4-moe": "Glm4MoeForCausalLM",
+}
+
 
 def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTrainedModel:
     """A random model in float32, with weights large enough that quantization shows."""
@@ -99,7 +114,7 @@ def tiny_model(name: str, layers: int | None = None, seed: int = 0) -> tf.PreTra
     if layers is not None:
         config.num_hidden_layers = layers
     torch.manual_seed(seed)
-    model = getattr(tf, CLASSES[name])(config)
+    model = getattr(tf, {**CLASSES, **BESIDE_DENSE}[name])(config)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear) or is_transposed(module):

@@ -120,7 +120,11 @@ def quantize_checkpoint(
         report = QuantizationReport.load(out_dir)
         same = (report.config, report.source["sha256"]) == (fingerprint["config"], hashes)
         same = same and report.calibration == fingerprint["calibration"]
-        if resume and same and all((out_dir / file).exists() for file in files):
+        # a plan's file may have changed under the same name
+        chosen = {n: (p.spec.bits, p.spec.block_size, p.rank) for n, p in plans.items()}
+        same = same and chosen == {m.name: (m.bits, m.block_size, m.rank) for m in report.modules}
+        needed = [*files, "config.json", f"{adapters.INIT_DIR}/{adapters.ADAPTER_CONFIG}"]
+        if resume and same and all((out_dir / file).exists() for file in needed):
             remove_leftovers(out_dir)
             return report
         raise OutputError(
@@ -232,7 +236,6 @@ def quantize_model(
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    from loftq.hub.experts import register_with_peft
     from loftq.hub.quantizer import (
         LoftQQuantizationConfig,
         present_for_dtype_checks,
@@ -248,6 +251,7 @@ def quantize_model(
         except WeightError as error:  # before anything is replaced
             raise WeightError(f"{plan.name}: {error}") from None
     lora = adapters.lora_config(plans, model, config)
+    adapters.know_experts(model)
     state: dict[str, Tensor] = {}
     experts: dict[str, dict[str, list[QuantizedTensor]]] = {}
     with _reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
@@ -264,9 +268,7 @@ def quantize_model(
             else:
                 replace_module(model, name, _packed(model.get_submodule(name), results[0].quantized, plan))
             advance(name, plan.numel)
-    if any(plan.experts for plan in plans.values()):
-        register_with_peft()
-        save_experts_whole(model)
+    save_experts_whole(model)
     present_for_dtype_checks(model)
     if hasattr(model, "config"):
         specs = {name: plan.spec for name, plan in plans.items()}

@@ -80,10 +80,13 @@ def without_dropout(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["llama", "mixture"])
 @pytest.mark.parametrize("spread", [{}, FSDP2], ids=["DDP", "FSDP2"])
-def test_two_processes_train_as_one(llama, sums, tmp_path, spread, capsys):
-    """36 examples in batches of 5: shares of 2 and 3, and at an epoch's end one example for two processes."""
-    options = ["--init-from", llama, "--task", "completion", "--data", sums, "--eval-data", sums, "--lr", "1e-2"]
+def test_two_processes_train_as_one(model, sums, tmp_path, spread, request, capsys):
+    """36 examples in batches of 5: shares of 2 and 3, and at an epoch's end one example for two processes. In a mixture each
+    process has tokens for other experts."""
+    folder = request.getfixturevalue(model)
+    options = ["--init-from", folder, "--task", "completion", "--data", sums, "--eval-data", sums, "--lr", "1e-2"]
     options += ["--epochs", "2", "--batch-size", "5", "--gradient-accumulation", "2"]
     app(["train", str(tmp_path / "one"), *map(str, options)], standalone_mode=False)
     done = launched([tmp_path / "two", *options], **spread)

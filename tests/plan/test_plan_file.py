@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from loftq import LoftQConfig
+from loftq import LoftQConfig, quantize_checkpoint
 from loftq.errors import ConfigError, LoftQError, OutputError, SourceError
 from loftq.plan.file import FORMAT, Choice, PlanFile, apply_plan, load_plan
 from loftq.plan.targets import plan_modules
@@ -133,6 +134,22 @@ def test_plans_for_something_else_are_refused():
 
 def test_a_plan_without_digests_fits_any_model():
     apply_plan(PLANS, plan(source={}), source_sha256={"model.safetensors": "cd" * 32})
+
+
+def test_a_finished_folder_is_not_that_of_an_edited_plan(tmp_path):
+    """The plan's path is the same, so the settings are, but not what they ask for."""
+    path = tmp_path / "plan.json"
+    MODEL.save_pretrained(tmp_path / "source")
+    plan(source={}).save(path)
+    config = CONFIG.replace(plan=str(path), calibration=None, num_iter=1)
+    run = partial(quantize_checkpoint, tmp_path / "source", tmp_path / "q", config, progress=False)
+    run()
+    run()
+    values = json.loads(path.read_text())
+    values["modules"][NAME]["rank"] += 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(OutputError, match="holds a finished quantization with other settings"):
+        run()
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -68,15 +68,16 @@ def model_names(model: PreTrainedModel, source_names: Iterable[str]) -> dict[str
 def missing_parameters(model: PreTrainedModel, names: Mapping[str, str], source_names: Iterable[str]) -> set[str]:
     """Parameters that no tensor of the source provides; ``names`` is the result of :func:`model_names`.
 
-    Tied parameters count with the one they share their weight with. Nothing is said of a model that transformers
-    assembles from the source's tensors, since those have other names there.
+    Tied parameters count with the one they share their weight with. Nothing is said of those that transformers may
+    assemble from several tensors, since these have other names in the source.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    assembles = any(isinstance(t, WeightConverter) for t in get_model_conversion_mapping(model))
-    if assembles and set(source_names) - set(names):
-        return set()
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    assembled = set()
+    if set(source_names) - set(names):
+        assembled = {pattern.rpartition(".")[2] for c in converters for pattern in c.target_patterns}
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     optional = [*(model._keys_to_ignore_on_load_missing or ())]
     present = set(names.values())
@@ -84,5 +85,7 @@ def missing_parameters(model: PreTrainedModel, names: Mapping[str, str], source_
     return {
         name
         for name, _ in model.named_parameters()
-        if name not in present and not any(re.search(pattern, name) for pattern in optional)
+        if name not in present
+        and name.rpartition(".")[2] not in assembled
+        and not any(re.search(pattern, name) for pattern in optional)
     }

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,18 @@ from loftq.units import Unit
 
 RETRIES = 5
 """How often a task is begun again whose worker has died; more often, it is the task that kills it."""
+
+PATIENCE = 20.0
+"""Seconds without a result until it is looked whether the machines that are left can still do what they were asked for."""
+
+
+class Asked(NamedTuple):
+    """A task that has been given out, with the cores that were asked for."""
+
+    unit: Unit
+    cores: int
+    task: Task
+    of_input: Any
 
 
 @contextmanager
@@ -106,17 +118,17 @@ class RayEngine:
         self._shared: tuple[Any, Any] = (None, None)  # what the latest input's statistics share, and their reference
         self._noticed: set[str] = set()
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
-        waiting: dict[Any, tuple[Unit, int]] = {}
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Unit, Computed], None, None]:
+        waiting: dict[Any, Asked] = {}
         try:
             for job in jobs:
                 if job.unit.plan is None:  # nothing to compute: a worker would only send back what can be read here
                     yield job.unit, timed(partial(job.unit.compute, job.unit.matrices(self.source), self.config))
                     continue
-                while waiting and sum(cores for _, cores in waiting.values()) > self._cores():
+                while waiting and sum(asked.cores for asked in waiting.values()) > self._cores():
                     yield self._next(waiting)
                 cores = 1 if is_small(job.size) else max(1, min(self.threads, self._largest_node()))
-                waiting[self._submit(job, cores)] = (job.unit, cores)
+                self._submit(self._asked(job, cores), waiting)
                 while waiting and self.ray.wait(list(waiting), timeout=0)[0]:
                     yield self._next(waiting)
             while waiting:
@@ -126,29 +138,57 @@ class RayEngine:
                 with contextlib.suppress(Exception):  # the cluster may be what has failed
                     self.ray.cancel(reference, force=True)
 
-    def _submit(self, job: Job, cores: int) -> Any:
+    def _asked(self, job: Job, cores: int) -> Asked:
         key = of_input = None
         of_layer: dict[str, Any] = {}
         if isinstance(job.statistics, Sequence):
-            of_input = self.ray.put(pack_experts(job.statistics))
+            of_input = self._put(pack_experts(job.statistics))
         elif job.statistics is not None:
             shared = job.statistics._metrics
             if self._shared[0] is not shared:
                 packed, of_layer = pack_statistics(job.statistics)
-                self._shared = (shared, self.ray.put(packed))
+                self._shared = (shared, self._put(packed))
             else:
                 of_layer = pack_statistics(job.statistics)[1]
             of_input = self._shared[1]
             key = of_input.hex()
         threads = 1 if is_small(job.size) else self.threads
         task = Task(job.unit, self.origin, self.config, threads, key, of_layer, self.stack)
-        return self._compute.options(num_cpus=cores, name=job.unit.name).remote(task, of_input)
+        return Asked(job.unit, cores, task, of_input)
 
-    def _next(self, waiting: dict[Any, tuple[Unit, int]]) -> tuple[Unit, Computed]:
-        reference = self.ray.wait(list(waiting), num_returns=1)[0][0]
-        unit, _ = waiting.pop(reference)
+    def _put(self, value: Any) -> Any:
         try:
-            result = self.ray.get(reference)
+            return self.ray.put(value)
+        except self.ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"statistics do not fit into Ray's object store ({first_line(error)}); start Ray with a larger "
+                f"--object-store-memory, or free disk space, and run the same command again, it continues where it stopped"
+            ) from None
+
+    def _submit(self, asked: Asked, waiting: dict[Any, Asked]) -> None:
+        remote = self._compute.options(num_cpus=asked.cores, name=asked.unit.name)
+        waiting[remote.remote(asked.task, asked.of_input)] = asked
+
+    def _ask_for_less(self, waiting: dict[Any, Asked]) -> None:
+        """Give out anew what waits for a machine that is lost, and for which those that are left have too few cores."""
+        largest = self._largest_node()
+        if largest < 1:
+            if "" not in self._noticed:
+                self._noticed.add("")
+                self.notice("no machine of the Ray cluster has cores left to compute with; waiting for one")
+            return
+        for reference, asked in [(r, a) for r, a in waiting.items() if a.cores > largest]:
+            del waiting[reference]
+            self.ray.cancel(reference, force=True)
+            self._submit(asked._replace(cores=largest), waiting)
+
+    def _next(self, waiting: dict[Any, Asked]) -> tuple[Unit, Computed]:
+        while not (ready := self.ray.wait(list(waiting), num_returns=1, timeout=PATIENCE)[0]):
+            self._ask_for_less(waiting)
+        unit = waiting[ready[0]].unit
+        del waiting[ready[0]]
+        try:
+            result = self.ray.get(ready[0])
         except self.ray.exceptions.RayTaskError:
             raise
         except self.ray.exceptions.RayError as error:
@@ -172,4 +212,4 @@ class RayEngine:
         return int(self.ray.cluster_resources().get("CPU", 1))
 
     def _largest_node(self) -> int:
-        return int(max((n["Resources"].get("CPU", 0) for n in self.ray.nodes() if n["Alive"]), default=1))
+        return int(max((n["Resources"].get("CPU", 0) for n in self.ray.nodes() if n["Alive"]), default=0))

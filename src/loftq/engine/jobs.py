@@ -7,8 +7,8 @@ depends on their size alone (:func:`loftq.kernels.threads.is_small`), so that ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -45,7 +45,7 @@ class Job:
 class Engine(Protocol):
     """Something that computes."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Unit, Computed], None, None]:
         """What becomes of each job, in any order. Jobs are drawn when there is room for one."""
 
 
@@ -57,7 +57,7 @@ class LocalEngine:
         self.parameters = parameters
         self.config = config
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Unit, Computed]]:
+    def run(self, jobs: Iterable[Job]) -> Generator[tuple[Unit, Computed], None, None]:
         def calls() -> Iterator[tuple[tuple[Unit, int], Callable[[], Any]]]:
             for job in jobs:
                 matrices = job.unit.matrices(self.source, self.parameters)
@@ -107,7 +107,10 @@ def run_all(
     index: Mapping[str, str],
     write: Callable[[Unit, Computed], dict[str, Tensor]],
 ) -> None:
-    """Every unit that is not done: first those that need nothing, then the layers in the order of the calibration."""
+    """Every unit that is not done: first those that need nothing, then the layers in the order of the calibration.
+
+    What fails here, writing among it, ends the engine's work before the engine itself is closed.
+    """
     by_name = {unit.name: unit for unit in units}
     waiting = set(inputs.targets)
     todo = [unit for unit in units if unit.name not in staging.done]
@@ -120,15 +123,18 @@ def run_all(
             if name not in staging.done
         )
         if not inputs.propagate:
-            for unit, computed in engine.run(chain(free, behind)):
-                write(unit, computed)
+            with closing(engine.run(chain(free, behind))) as results:
+                for unit, computed in results:
+                    write(unit, computed)
             return
-        for unit, computed in engine.run(free):
-            write(unit, computed)
+        with closing(engine.run(free)) as results:
+            for unit, computed in results:
+                write(unit, computed)
         for group in groups:
             new = [name for name in group.names if name not in staging.done]
-            for unit, computed in engine.run(Job(by_name[name], group.statistics()) for name in new):
-                inputs.replace(unit.name, unit.dense(write(unit, computed), config))
+            with closing(engine.run(Job(by_name[name], group.statistics()) for name in new)) as results:
+                for unit, computed in results:
+                    inputs.replace(unit.name, unit.dense(write(unit, computed), config))
             for name in [n for n in group.names if n not in new]:
                 unit = by_name[name]
                 inputs.replace(name, unit.dense({n: staging.read(index[n]) for n in unit.outputs}, config))

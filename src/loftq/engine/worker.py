@@ -6,6 +6,7 @@ into torch's own memory where they arrive: BLAS may round differently at an addr
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from loftq.calibrate.statistics import OF_INPUT, OF_LAYER
 from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.naming import meta_model
-from loftq.checkpoint.source import Source, as_bytes, hub_snapshot, open_source
+from loftq.checkpoint.source import Source, as_bytes, hub_snapshot, open_source, read_errors
 from loftq.config import LoftQConfig
 from loftq.errors import ClusterError, LoftQError, SourceError
 from loftq.parallel import timed
@@ -97,18 +98,18 @@ class Origin:
     """Where a worker finds the source.
 
     Attributes:
-        path: absolute. files: name and bytes of each weight file.
+        path: absolute. files: name, bytes and :func:`sample` of each weight file.
         hub: repository and commit, where the path is in the hub's cache.
     """
 
     path: str
-    files: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, int, str], ...]
     hub: tuple[str, str] | None
 
     @classmethod
     def of(cls, source: Source) -> Origin:
         path = source.path.absolute()
-        return cls(str(path), _sizes(source), hub_snapshot(path))
+        return cls(str(path), _files(source), hub_snapshot(path) or hub_snapshot(path.resolve()))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def reopened(origin: Origin) -> Source:
             f"{origin.path} does not exist on {here}, where a worker runs; put the model on storage that every machine has "
             f"under this path, or name it by its hub id"
         )
-    if _sizes(source) != origin.files:
+    if _files(source) != origin.files:
         raise SourceError(
             f"{origin.path} has other files on {here}, where a worker runs, than where the command runs; copy the model anew"
         )
@@ -189,8 +190,22 @@ def _parameters(origin: Origin) -> Parameters:
     return Parameters(source, meta_model(source.config()))
 
 
-def _sizes(source: Source) -> tuple[tuple[str, int], ...]:
-    return tuple((file.name, file.stat().st_size) for file in source.files)
+def _files(source: Source) -> tuple[tuple[str, int, str], ...]:
+    return tuple((file.name, file.stat().st_size, sample(file)) for file in source.files)
+
+
+def sample(file: Path, pieces: int = 64, length: int = 4096) -> str:
+    """Hex digest of pieces spread evenly over a file: another fine-tuning of the same model has other bytes in all of them.
+
+    Not of the whole, which every worker would have to read.
+    """
+    digest = hashlib.sha256()
+    with read_errors(file), open(file, "rb") as stream:
+        step = max(length, file.stat().st_size // pieces)
+        for k in range(pieces):
+            stream.seek(k * step)
+            digest.update(stream.read(length))
+    return digest.hexdigest()
 
 
 def _known(task: Task, of_input: ExpertPackets | Mapping[str, Any] | None) -> Known:

@@ -52,7 +52,10 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
 def _with_adapter(start: Start, folder: Path, settings: TrainSettings, record: TrainingRecord) -> nn.Module:
     from peft import PeftModel
 
+    from loftq.hub.adapter import know_experts
+
     base = load_base(start, settings, record.labels)
+    know_experts(base)
     try:
         return PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:

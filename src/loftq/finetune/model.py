@@ -24,6 +24,7 @@ from loftq.finetune.adapter import (
     task_lora_config,
 )
 from loftq.finetune.settings import TrainSettings
+from loftq.hub.adapter import know_experts
 from loftq.hub.backbone import read_quantization_config
 from loftq.report.record import QuantizationReport
 
@@ -227,6 +228,7 @@ def _with_adapter(start: Start, settings: TrainSettings, model: PreTrainedModel,
             modules_to_save=list(heads) or None,
             use_dora=settings.use_dora,
         )
+    know_experts(model)
     torch.manual_seed(settings.seed)
     try:
         wrapped = get_peft_model(model, config)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from loftq.codec.qtensor import TensorInfo
 from loftq.config import LoftQConfig
 from loftq.errors import ConfigError
+from loftq.modules.experts import fused_experts
 from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def lora_config(
     """PEFT's config of the adapter. ``init_lora_weights`` stays true, so that loading never fits anything anew.
 
     Raises:
-        ConfigError: PEFT cannot adapt these modules beside experts.
+        ConfigError: with dropout, which PEFT does not have on experts.
     """
     from peft import LoraConfig
 
@@ -100,7 +100,7 @@ def lora_config(
         )
     ranks = {name: plan.rank for name, plan in plans.items() if plan.rank != config.rank}
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.rank,
         lora_alpha=alpha,
         use_rslora=config.use_rslora,
@@ -113,24 +113,17 @@ def lora_config(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    _check_targets(lora, model, (name for name, plan in plans.items() if not plan.experts))
-    return lora
 
 
-def _check_targets(lora: LoraConfig, model: nn.Module, linear: Iterable[str]) -> None:
-    """Refuse linear layers whose names PEFT takes for the experts of an older version of the architecture."""
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+def know_experts(model: nn.Module) -> None:
+    """To be called before an adapter is put on a dense model: PEFT must know how to read it if there are experts.
 
-    read = copy.deepcopy(lora)
-    convert_peft_config_for_transformers(read, model, None)
-    taken = set(lora.target_modules or ()) - set(read.target_modules or ())
-    layers = [name for name in linear if any(name == t or name.endswith(f".{t}") for t in taken)]
-    if layers:
-        ends = tuple(sorted({".".join(name.split(".")[-2:]) for name in layers}))
-        raise ConfigError(
-            f"PEFT takes {layers[0]} (and {len(layers) - 1} more linear layers) of a {type(model).__name__} for experts and "
-            f"gives it no adapter, expected other names; leave them in full precision with exclude_modules={ends!r}"
-        )
+    See :func:`loftq.hub.experts.register_with_peft`.
+    """
+    if fused_experts(model):
+        from loftq.hub.experts import register_with_peft
+
+        register_with_peft()
 
 
 def task_type(class_name: str) -> str | None:

@@ -7,18 +7,21 @@ each expert that has tokens. Names, shapes and the adapter's file are PEFT's own
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import peft.tuners.lora.layer as lora_layer
+import peft.utils.transformers_weight_conversion as older
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from loftq.errors import ConfigError
 from loftq.hub.adapter import split_experts
-from loftq.modules import QuantExperts
-from loftq.modules.experts import ExpertFactors
+from loftq.modules import PackedModule, QuantExperts
+from loftq.modules.experts import ExpertFactors, fused_experts
 
 
 # PEFT recognises its wrappers by this name
@@ -72,12 +75,16 @@ class ParamWrapper(lora_layer.ParamWrapper):
 
 
 def register_with_peft() -> None:
-    """Let PEFT wrap the parameters of packed experts in :class:`ParamWrapper`.
+    """Let PEFT adapt packed experts, and the layers beside them that bear the names which experts once had.
+
+    It wraps packed experts in :class:`ParamWrapper`, takes a config that is written for the model as it is by its word
+    (:func:`_is_current`), and does not warn of ranks that it applies (:func:`_applied_patterns`).
 
     PEFT's own extension point, a config's custom modules, is out of reach in ``PeftModel.from_pretrained``, which makes the
     config itself. So it is filled in when PEFT chooses the class of a new layer.
     """
-    create = LoraModel._create_new_module
+    create, inject = LoraModel._create_new_module, LoraModel.inject_adapter
+    convert = older.convert_peft_config_for_transformers
     if getattr(create, "_knows_packed_experts", False):
         return
 
@@ -88,5 +95,52 @@ def register_with_peft() -> None:
         new: nn.Module = create(lora_config, adapter_name, target, **kwargs)
         return new
 
+    def convert_config(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        if not _is_current(peft_config, model):
+            convert(peft_config, model, conversions)
+
+    def inject_adapter(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with _applied_patterns(self.peft_config[adapter_name], model):
+            inject(self, model, adapter_name, *args, **kwargs)
+
     create_new_module._knows_packed_experts = True  # type: ignore[attr-defined]
     LoraModel._create_new_module = staticmethod(create_new_module)
+    LoraModel.inject_adapter = inject_adapter
+    older.convert_peft_config_for_transformers = convert_config
+
+
+def _targeted(peft_config: Any, model: nn.Module) -> list[str]:
+    """The parameters that a config's ``target_parameters`` name."""
+    targets = tuple(getattr(peft_config, "target_parameters", None) or ())
+    names = [name.replace(".base_layer", "") for name, _ in model.named_parameters()] if targets else []
+    return [name for name in names if any(name == t or name.endswith(f".{t}") for t in targets)]
+
+
+def _is_current(peft_config: Any, model: nn.Module) -> bool:
+    """Whether a config is for the model as it is, rather than for an older transformers with a module for each expert.
+
+    For many architectures PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj`` as such experts' names, and leaves the layers
+    of a shared expert or a dense block, which bear them still, without an adapter. But a packed model has no older
+    adapters, and no older config names the parameters in which experts are now.
+    """
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        return True
+    experts = {name.replace(".base_layer", "") for name in fused_experts(model)}
+    return not experts.isdisjoint(_targeted(peft_config, model))
+
+
+@contextmanager
+def _applied_patterns(peft_config: Any, model: nn.Module) -> Iterator[None]:
+    """Without PEFT's warning of ``rank_pattern`` and ``alpha_pattern`` keys that it ignores, where parameters have those keys.
+
+    PEFT looks for them among the adapted modules alone, though it gives a parameter the rank of the key that matches it.
+    """
+    named = _targeted(peft_config, model)
+    keys = {*(getattr(peft_config, "rank_pattern", None) or ()), *(getattr(peft_config, "alpha_pattern", None) or ())}
+    applied = [key for key in sorted(keys) if any(re.match(rf"(.*\.)?({key})$", name) for name in named)]
+    with warnings.catch_warnings():
+        if applied:
+            one = f"({'|'.join(re.escape(repr(key)) for key in applied)})"
+            message = rf"The following (rank|alpha)_pattern keys .*: \[{one}(, {one})*\]\.$"
+            warnings.filterwarnings("ignore", message, RuntimeWarning)
+        yield

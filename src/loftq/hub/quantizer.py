@@ -131,6 +131,9 @@ def packed_like(module: nn.Module, spec: QuantSpec) -> PackedWeight:
 def place_packed(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
     """Put empty packed layers on the meta device in place of dense ones, and of the modules that hold packed experts."""
     experts: dict[str, dict[str, QuantSpec]] = {}
+    from loftq.hub.adapter import know_experts
+
+    know_experts(model)
     for name, spec in specs.items():
         owner, _, leaf = name.rpartition(".")
         if is_fused_experts(model.get_submodule(owner)):
@@ -139,10 +142,6 @@ def place_packed(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
             replace_module(model, name, packed_like(model.get_submodule(name), spec))
     for owner, of_parameters in experts.items():
         replace_module(model, owner, QuantExperts(model.get_submodule(owner), of_parameters))
-    if experts:
-        from loftq.hub.experts import register_with_peft
-
-        register_with_peft()
 
 
 def save_experts_whole(model: nn.Module) -> None:

@@ -48,7 +48,7 @@ from loftq.checkpoint.naming import meta_model
 from loftq.config import LoftQConfig, is_bool, one_of, positive_int
 from loftq.errors import ConfigError, LoftQError, first_line
 from loftq.finetune.adapter import head_names
-from loftq.hub.adapter import lora_config
+from loftq.hub.adapter import know_experts, lora_config
 from loftq.plan.targets import ModulePlan, plan_modules, report_plans
 from loftq.report.memory.predict import FLOATS, source_dtype
 from loftq.report.memory.simulate import simulate_step, workspace_bytes
@@ -256,6 +256,7 @@ def build_model(
     if setup.method == "loftq":
         place_packed(model, {name: plan.spec for name, plan in plans.items()})
         present_for_dtype_checks(model)
+    know_experts(model)
     lora = lora_config(plans, model, settings)
     lora.inference_mode = False
     lora.modules_to_save = task_heads(model) or None
