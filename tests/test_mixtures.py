@@ -119,15 +119,15 @@ def test_report_measures_stored_bytes(mixtral):
     assert record.kind == "experts"
 
 
-def test_only_the_chosen_experts_are_dequantized_and_one_at_a_time(mixtral, monkeypatch):
+def test_only_the_chosen_experts_are_multiplied_and_one_at_a_time(mixtral, monkeypatch):
     loaded, sizes = load(mixtral), []
-    plain = kernels.dequantize
+    plain = kernels.product
 
-    def counting(packed, *rest):
+    def counting(x, packed, *rest):
         sizes.append(packed.shape[0])
-        return plain(packed, *rest)
+        return plain(x, packed, *rest)
 
-    monkeypatch.setattr(kernels, "dequantize", counting)
+    monkeypatch.setattr(kernels, "product", counting)
     experts = loaded.get_base_model().model.layers[0].mlp.experts
     hidden = torch.randn(6, 64)
     chosen = torch.tensor([[1, 3]] * 6)
@@ -470,7 +470,7 @@ def test_no_warning_of_ranks_that_count(tmp_path):
     config = CONFIG.replace(rank_pattern={"experts.down_proj": 2, "q_proj": 3})
     folder = quantize("mixtral", tmp_path, config)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         loaded = load(folder)
     experts = loaded.get_base_model().model.layers[0].mlp.experts
     assert (experts.parameter_name, experts.r["default"]) == ("down_proj", 2)
