@@ -287,7 +287,8 @@ def glue(name: str, title: str, metric: str, options: dict[str, Any]) -> Experim
         f"all-MiniLM-L6-v2 on {title}",
         MINILM,
         metric,
-        runs(["lora", "qlora", "loftq", "loftq-data"], {"2": 3, "4": 3}, ("nf", "uniform")),
+        runs(["lora", "qlora", "loftq", "loftq-data"], {"2": 3, "4": 3}, ("nf", "uniform"))
+        + runs(["loftq-data-zero"], {"4": 3}),
         lambda folder: {**shared, **options},
     )
 
