@@ -184,6 +184,94 @@ def test_relative_links_resolve(page):
             assert anchor in {slug(h) for h in headings}, f"{page.name} links to {target}, which is no heading"
 
 
+# What the commands that are not runnable as they stand name, and what the tests put in its place.
+STAND_INS = {
+    "MODEL": "tiny-model",
+    "path/or/hub-id": "tiny-model",
+    "microsoft/deberta-v3-base": "deberta",
+    "facebook/bart-large": "bart",
+    "rajpurkar/squad": "squad",
+    "facebook/anli": "anli",
+    "EdinburghNLP/xsum": "xsum",
+}
+# Options whose values are for models of another size, and what suits one of a few thousand weights.
+SMALL = {"--rank": "8", "--max-new-tokens": "4", "--num-beams": "2"}
+# Commands that need what no machine has by itself: data of the hub, a cluster.
+ELSEWHERE = ("--lm-eval", "--address", "--seeds")
+
+
+def other_commands() -> list:
+    """The shell blocks with commands of ours that do not run as they stand, as far as they can with something in place."""
+    found = []
+    for page in PAGES:
+        texts = [text for language, text in blocks(page) if language in SHELLS and not text.startswith(RUNNABLE)]
+        for number, text in enumerate(texts):
+            known = [words for line in command_lines(text) if (words := loftq_arguments(line)) is not None]
+            known = [words for words in known if not set(words) & set(ELSEWHERE)]
+            if known:
+                found.append(pytest.param(known, id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model of every kind that the pages name, and a few rows for each task."""
+    import transformers as tf
+
+    from letters import letters
+    from tiny import tiny_model
+    from words import write_rows
+
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        write_tiny_model()
+        Path("held-out.txt").write_text("There was once a large model that forgot what it had read. " * 60, "utf-8")
+        loftq.quantize_checkpoint("tiny-model", "my-model-2bit", loftq.LoftQConfig(bits=2, rank=8), progress=False)
+        for name, kind in {"deberta": "deberta-v2", "bart": "bart", "minilm": "bert"}.items():
+            config = tiny_model(kind).config
+            config.update({"vocab_size": len(letters()), "max_position_embeddings": 512, "pad_token_id": 0})
+            config.update({"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2} if name == "bart" else {})
+            torch.manual_seed(0)
+            auto = tf.AutoModelForSeq2SeqLM if name == "bart" else tf.AutoModel
+            auto.from_config(config).save_pretrained(name)
+            letters(pair=name != "bart").save_pretrained(name)
+        programs = [text for language, text in blocks(ROOT / "docs" / "finetuning.md") if language == "python"]
+        exec(next(text for text in programs if "minilm-to-minilm" in text), {})
+        rows = {
+            "my-data": {"question": "1+1=", "answer": "2"},
+            "squad": {
+                "context": "It was in Rome.",
+                "question": "Where?",
+                "answers": {"text": ["in Rome"], "answer_start": [7]},
+            },
+            "anli": {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"},
+            "xsum": {"document": "It rains all day.", "summary": "It rains."},
+        }
+        for name, row in rows.items():
+            Path(name).mkdir()
+            for split in ("train", "validation", "train_r1+train_r2+train_r3", "dev_r1"):
+                if name == "anli" or split in ("train", "validation"):
+                    write_rows(Path(name) / f"{split}.jsonl", [row] * 2)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", other_commands())
+def test_other_commands_run(lines, place, tmp_path, monkeypatch, capsys):
+    """With small models and data in place of those they name."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for number, words in enumerate(lines):
+        words = [STAND_INS.get(word, word) for word in words]
+        words = [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+        for option in ("--out", *(["train"] if words[0] == "train" else [])):
+            if option in words and (made := words[words.index(option) + 1]) != "OUT":
+                shutil.rmtree(made, ignore_errors=True)
+        words = [f"out-{number}" if word == "OUT" else word for word in words]
+        app(words, standalone_mode=False)
+
+
 def messages() -> list[str]:
     """Every text of the sources, with … for what is filled in."""
     found = []

@@ -12,6 +12,7 @@ from loftq.data.labels import classification_examples
 from loftq.data.language import chat_examples, completion_examples
 from loftq.data.questions import question_examples
 from loftq.data.rows import Row
+from loftq.evaluate import task
 from loftq.evaluate.task import _prompt_ids, measure
 from tiny import tiny_model
 
@@ -97,6 +98,22 @@ def test_questions_of_one_id_are_apart():
     result = measure(First(), letters(pair=True), found, ["exact_match"], batch_size=2)
     assert [p.prediction for p in result.predictions] == ["a", "c", "f"]
     assert result.metrics["exact_match"] == 100  # percent
+
+
+def test_metrics_of_written_texts(monkeypatch):
+    """Four answers: two equal but for spaces around them, one with another number, one with the number in other words."""
+    rows = [Row({"prompt": "q", "completion": c}, f"f, line {n}") for n, c in enumerate(["#### 1", "#### 2"] * 2)]
+    monkeypatch.setattr(
+        task, "generate_texts", lambda *a, **o: ["#### 1", " #### 2\n", "#### 3", "It is two. #### 2.0"]
+    )
+    found = completion_examples(rows, letters(), 60)
+    result = measure(tiny_model("llama"), letters(), found, ["exact_match", "gsm8k", "rouge1"])
+    assert result.metrics["exact_match"] == 50
+    assert result.metrics["exact_match_se"] == 25  # sqrt(1/2 1/2 / 4)
+    assert result.metrics["gsm8k"] == 75
+    # words of ASCII letters and digits: 1; 1; 0; of "it is two 2 0" one of five and of "2" all: 2 (1/5) / (6/5)
+    assert result.metrics["rouge1"] == pytest.approx(100 * (1 + 1 + 0 + 1 / 3) / 4)
+    assert [p.score for p in result.predictions] == [1, 1, 0, 0]
 
 
 def test_the_prompt_of_a_conversation_ends_before_its_last_answer():

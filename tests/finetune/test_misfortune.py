@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(finished, sums, t
             train(tmp_path / "run", settings, init_from=finished / "q", progress=False)
     record = train(tmp_path / "run", settings, init_from=finished / "q", progress=False)
     assert record.status == "finished"
-    assert set(record.before) == {"exact_match"}
+    assert set(record.before) == {"exact_match", "exact_match_se"}
 
 
 def test_a_run_without_result_says_so_again(finished, sums, tmp_path):

@@ -19,7 +19,7 @@ from loftq.errors import ConfigError
 from loftq.evaluate import gsm8k
 from loftq.evaluate.generation import generate_texts
 from loftq.evaluate.head import chunks, losses, parts_of
-from loftq.evaluate.metrics import METRICS, score_labels
+from loftq.evaluate.metrics import METRICS, score_labels, share_error
 from loftq.evaluate.models import eval_mode
 from loftq.evaluate.perplexity import mean_and_error, perplexity_of
 from loftq.evaluate.predictions import Prediction
@@ -249,7 +249,8 @@ class _Run:
                     scores[name] = [s / 100 for s in rouge[name]]
                 elif name == "exact_match":
                     scores[name] = [float(t.strip() == w.strip()) for t, w in zip(texts, wanted, strict=True)]
-                    found[name] = 100 * float(np.mean(scores[name]))
+                    share = float(np.mean(scores[name]))
+                    found |= {name: 100 * share, f"{name}_se": 100 * share_error(share, len(scores[name]))}
                 else:
                     extract = _EXTRACT[name]
                     scores[name] = [float(gsm8k.is_correct(t, w, extract)) for t, w in zip(texts, wanted, strict=True)]

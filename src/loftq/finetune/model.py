@@ -117,7 +117,10 @@ def build(
     fresh = [h for h in heads if any(n == h or n.startswith(h + ".") for n in model.missing)]
     initialise(model, fresh, settings.seed)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing is on, but {first_line(error)}; turn it off") from None
         model.enable_input_require_grads()
     if settings.method == "full":
         model.requires_grad_(True)
@@ -236,10 +239,9 @@ def _with_adapter(start: Start, settings: TrainSettings, model: PreTrainedModel,
         raise ConfigError(
             f"PEFT cannot add this adapter ({first_line(error)}); change the target modules or DoRA"
         ) from None
-    if settings.dtype != "float16" or torch.cuda.is_available():  # float16 has no autocast on the CPU
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:  # PEFT leaves the heads in the dtype of the frozen weights
-                parameter.data = parameter.data.float()
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:  # PEFT leaves float16's adapters, and the heads, in the dtype of the frozen weights
+            parameter.data = parameter.data.float()
     if start.quantized and start.folder is not None:
         load_factors(wrapped, start.folder, names)
     elif settings.use_dora:

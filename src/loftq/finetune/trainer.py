@@ -100,6 +100,7 @@ class TaskTrainer(Trainer):
         self.control: TrainerControl
         self.measure = measure
         self.spread_model = model
+        self.is_float16_on_cpu = arguments.use_cpu and any(p.dtype == torch.float16 for p in model.parameters())
         arguments.ddp_find_unused_parameters = _may_skip_layers(model)
         super().__init__(
             model=model,
@@ -133,8 +134,10 @@ class TaskTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # accelerate puts autocast around the forward pass itself, but not with FSDP2
-        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+        # accelerate puts autocast around the forward pass itself, but not with FSDP2, nor in float16 on the CPU
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return torch.autocast("cpu", torch.float16) if self.is_float16_on_cpu else nullcontext()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -150,7 +153,7 @@ class TaskTrainer(Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         # autocast takes each product's input to half precision: PEFT's own cast to the adapter's float32 before it, and
         # that of its gradient, change nothing but the time, a tenth of the step on a CPU
-        with disable_input_dtype_casting(model, active=self.args.bf16 or self.args.fp16):
+        with disable_input_dtype_casting(model, active=self.args.bf16 or self.args.fp16 or self.is_float16_on_cpu):
             return super().training_step(model, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -276,11 +276,6 @@ def task_heads(model: Any) -> list[str]:
 
 
 def autocast_dtype(config: PretrainedConfig, setup: TrainingSetup) -> torch.dtype | None:
-    """The 16 bits that the forward pass computes in while what is trained stays in float32; ``None`` in float32.
-
-    float16 has no autocast on the CPU, see :mod:`loftq.finetune.trainer`.
-    """
+    """The 16 bits that the forward pass computes in while what is trained stays in float32; ``None`` in float32."""
     dtype = source_dtype(config, setup.dtype)
-    if dtype == torch.float32 or (dtype == torch.float16 and setup.device == "cpu"):
-        return None
-    return dtype
+    return None if dtype == torch.float32 else dtype
