@@ -84,8 +84,9 @@ def curves(name: str, record: dict[str, Any]) -> Path:
     for panel in panels[0]:
         handles, labels = panel.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    figure.legend(found.values(), found.keys(), loc="lower center", ncols=len(found), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    columns = min(len(found), 2 * len(bits))
+    figure.legend(found.values(), found.keys(), loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.02 + 0.06 * -(-len(found) // columns), 1, 1))
     return saved(figure, name, "curves")
 
 
@@ -97,6 +98,9 @@ def plain_numbers(panel: Any) -> None:
     if high < 100 * low:
         panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
         panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
+    if 3 * low < high < 100 * low:  # with all of them their numbers would run into each other
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def ends(name: str, record: dict[str, Any], metric: str) -> Path:
