@@ -219,6 +219,16 @@ def test_a_parameter_that_the_source_lacks(tmp_path, missing):
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_that_the_config_does_not_count_are_told(tmp_path):
+    told: list[str] = []
+    tiny_model("llama", layers=4).save_pretrained(tmp_path / "source")
+    config = tmp_path / "source/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 3}))
+    options = loftq.LoftQConfig(rank=2, num_iter=0)
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "out", options, progress=False, notice=told.append)
+    assert any("(model.layers.3." in said and "9 in all" in said for said in told), told
+
+
 def test_a_mask_that_the_model_does_not_know_passes_through(tmp_path):
 
     tiny_model("llama").save_pretrained(tmp_path / "source")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loftq.calibrate.choose import calibrated
 from loftq.checkpoint.assembly import Parameters
-from loftq.checkpoint.naming import meta_model
+from loftq.checkpoint.naming import meta_model, unread_tensors
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
 from loftq.codec import QuantizedTensor
@@ -96,6 +96,12 @@ def quantize_checkpoint(
     plans = plan_modules(model, config)
     parameters = Parameters(opened, model)
     units = make_units(opened, model, plans, parameters)
+    unread = unread_tensors(model, [unit.source_name for unit in units if not unit.known])
+    if unread:
+        told(
+            f"{opened.path} holds tensors that are no weights of the {type(model).__name__} in its config.json ({unread[0]}; "
+            f"{len(unread)} in all); they are copied as they are"
+        )
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)

@@ -89,3 +89,9 @@ def missing_parameters(model: PreTrainedModel, names: Mapping[str, str], source_
         and name.rpartition(".")[2] not in assembled
         and not any(re.search(pattern, name) for pattern in optional)
     }
+
+
+def unread_tensors(model: PreTrainedModel, unknown: Iterable[str]) -> list[str]:
+    """Of the tensors that the model does not know, those that transformers would be surprised by."""
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return [name for name in unknown if not any(re.search(pattern, name) for pattern in ignored)]

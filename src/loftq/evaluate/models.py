@@ -52,7 +52,6 @@ def load_for_inference(
     """
     import transformers
 
-    from loftq.hub.adapter import know_experts
     from loftq.hub.backbone import adapter_config
     from loftq.hub.load import load, load_backbone, with_adapter
 
@@ -77,7 +76,6 @@ def load_for_inference(
             ) from None
         if adapter is not None:
             adapter_config(adapter)
-            know_experts(loaded)
             loaded = with_adapter(loaded, adapter)
     check_causal(loaded, model)
     return loaded.to(device).eval()

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from loftq.checkpoint.naming import architecture
 from loftq.data.tasks import task
-from loftq.errors import BackboneMismatchError, SourceError, first_line
+from loftq.errors import BackboneMismatchError, SourceError
 from loftq.evaluate.models import is_quantized
 from loftq.finetune.adapter import TASK_TYPES
 from loftq.finetune.model import Start, load_base
 from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.settings import TrainSettings
+from loftq.hub.load import with_adapter
 from loftq.report.record import QuantizationReport
 
 if TYPE_CHECKING:
@@ -46,20 +46,8 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
         return _placed(load_base(start, settings, record.labels)), record
     _check_backbone(folder, record)
     start = Start(record.base)
-    return _placed(_with_adapter(start, folder, settings, record)), record
-
-
-def _with_adapter(start: Start, folder: Path, settings: TrainSettings, record: TrainingRecord) -> nn.Module:
-    from peft import PeftModel
-
-    from loftq.hub.adapter import know_experts
-
     base = load_base(start, settings, record.labels)
-    know_experts(base)
-    try:
-        return PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise SourceError(f"the adapter in {folder} does not load ({first_line(error)}); train again") from None
+    return _placed(with_adapter(base, folder)), record
 
 
 def _check_backbone(folder: Path, record: TrainingRecord) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint.naming import architecture
 from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
-from loftq.hub.adapter import INIT_DIR
+from loftq.hub.adapter import INIT_DIR, know_experts
 from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
 from loftq.report.record import REPORT, QuantizationReport
 
@@ -78,13 +78,14 @@ def load(
 
 
 def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
-    """``PeftModel.from_pretrained``.
+    """``PeftModel.from_pretrained``, for a packed or a dense model.
 
     Raises:
         SourceError: the adapter is damaged, or another model's.
     """
     from peft import PeftModel
 
+    know_experts(model)
     try:
         return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
     except Exception as error:  # PEFT, torch and safetensors have many kinds for it
