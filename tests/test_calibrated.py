@@ -59,6 +59,13 @@ def test_report_says_what_was_calibrated(calibrated, train):
     assert all(m.calibration_tokens == 2048 and m.method == "loftq-data" for m in report.modules)
 
 
+def test_the_default_method_is_that_of_the_mean_width(stories_dir, train, tmp_path):
+    mixed = config(train, first_layers_bits=(4, 4), num_iter=0)
+    report = loftq.quantize_checkpoint(stories_dir, tmp_path / "out", mixed, progress=False)
+    assert sum(m.bits for m in report.modules) / len(report.modules) > 3
+    assert report.config["method"] == "loftq-data-zero"
+
+
 def test_calibration_beats_weight_only_and_qera(calibrated, stories_dir, train, evaluation, tmp_path):
     out, _ = calibrated
     found = {"loftq-data": score(out, evaluation)}

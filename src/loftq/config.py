@@ -146,8 +146,8 @@ class LoftQConfig:
         lora_dropout: dropout that fine-tuning will use; written to the adapter's config.
         num_iter: alternations T. 0 keeps the plain quantization and PEFT's default initialisation (QLoRA).
         method: a name of :data:`loftq.solver.methods.METHODS`; ``None`` means that of :func:`default_method`:
-            ``loftq-data`` where there is a calibration text, from 3 bits on ``loftq-data-zero``, and ``loftq`` where there
-            is none.
+            ``loftq-data`` where there is a calibration text, from 3 bits on (the mean over all weights)
+            ``loftq-data-zero``, and ``loftq`` where there is none.
         damping: λ, from 0 (only the outputs' error counts) to 1 (only the weights'); ``None`` for the method's own.
         svd: ``exact`` (LAPACK), ``block`` (block power iteration, warm-started) or ``auto``.
         target_modules: ``all-linear``, a list of module-name suffixes, or a regular expression, as in PEFT. Experts that a

@@ -113,6 +113,11 @@ def _saved(statistics: Statistics, targets: tuple[str, ...], experts: Mapping[st
         yield Group((name,), partial(shared.of_layer, **own))
 
 
+def _mean_bits(plans: Mapping[str, ModulePlan]) -> float:
+    """Bits of a code, over all weights; a plan or the first layers may have others than the config."""
+    return sum(p.numel * p.spec.bits for p in plans.values()) / sum(p.numel for p in plans.values())
+
+
 def calibrated(
     source: Source,
     model: nn.Module,
@@ -141,7 +146,7 @@ def calibrated(
         if not covered:
             raise SourceError(f"the statistics cover none of the {len(linear)} layers to quantize; calibrate again")
         known = {name: count for name, count in experts.items() if name in covered}
-        method = config.method or default_method(config.bits, True)
+        method = config.method or default_method(_mean_bits(plans), True)
         return Inputs(method, covered, dict(statistics.summary), statistics=statistics, experts=known)
     name = config.calibration
     if name == "auto":
@@ -181,7 +186,7 @@ def calibrated(
         seed=config.seed,
         model=_generator(source) if name == "self" else None,
     )
-    method = config.method or default_method(config.bits, True)
+    method = config.method or default_method(_mean_bits(plans), True)
     if experts and (config.propagate or METHODS[method].needs_gradients):
         raise ConfigError(
             f"{'--propagate' if config.propagate else f'method {method!r}'} was given for a model with experts such as "
