@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_reference import SHAPES, levels_for, random_scales, random_weight, shapes, widths, zeros
 
+import loftq
 from loftq import kernels
 from loftq.codec.codebook import thresholds
 from loftq.kernels import reference
@@ -101,6 +105,50 @@ def test_a_token_does_not_depend_on_the_others(dtype):
     everything = kernels.product(x, *operands)
     for part in (slice(7), slice(3, 19), slice(3, 36), slice(250, 300)):
         assert torch.equal(kernels.product(x[part], *operands), everything[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_token_of_the_last_group_in_a_transposed_input(dtype):
+    operands, _ = packed_matrix(*SHAPES["threaded"], 4, with_zero=False)
+    x = torch.randn(SHAPES["threaded"][1], kernels.TOKENS_AT_ONCE + 1).to(dtype).T
+    assert torch.equal(kernels.product(x, *operands), kernels.product(x.contiguous(), *operands))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton_kernels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_sums_of_nothing(tokens, dtype, backend):
+    if backend == "triton_kernels":
+        pytest.importorskip("triton")
+    packed, scale, *rest = packed_matrix(2, 64, 32, 4, with_zero=False)[0]
+    nothing = (packed[:0], scale[:0], *rest)
+    with kernels._only(backend):
+        assert kernels.product(torch.ones(tokens, 64, dtype=dtype), *nothing).shape == (tokens, 0)
+        grad = kernels.grad_product(torch.ones(tokens, 0, dtype=dtype), *nothing, 64)
+    assert torch.equal(grad, torch.zeros(tokens, 64, dtype=dtype))
+
+
+WITHOUT_NUMBA = """
+import sys, warnings
+sys.modules["numba"] = None
+import torch, loftq
+from loftq.evaluate.head import losses
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    found = loftq.decompose(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), loftq.QuantSpec(4), rank=4)
+    layer = loftq.QuantLinear.from_linear(torch.nn.Linear(64, 8), loftq.QuantSpec(3))
+    layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
+assert [str(w.message) for w in said if "numba" in str(w.message)] == [str(said[0].message)], said
+assert torch.allclose(losses(torch.zeros(2, 4), torch.tensor([0, 3])), torch.full((2,), 4.0, dtype=torch.float64).log())
+print(f"{found.errors[-1]:.6f}")
+"""
+
+
+def test_without_numba_the_reference_takes_over_and_says_so_once():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    assert float(done.stdout) == pytest.approx(loftq.decompose(weight, loftq.QuantSpec(4), rank=4).errors[-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.evaluate import cpu_rows
+from loftq.kernels import compiles
 from loftq.kernels.threads import for_rows
 
 CHUNK = 256
@@ -132,8 +132,10 @@ def chunks(count: int) -> Iterator[slice]:
 def losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-ln p(target) in nats: (n,) float64 on the CPU, from (n, vocabulary) float32 logits and (n,) targets."""
     chosen = logits.gather(1, targets[:, None])[:, 0].double().cpu()
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or not compiles():
         return torch.logsumexp(logits, 1).double().cpu() - chosen
+    from loftq.evaluate import cpu_rows
+
     partition = torch.empty(logits.shape[0], dtype=torch.float64)
     rows = logits.contiguous()
     for_rows(cpu_rows.log_partition_rows, rows.shape[0], rows.numel(), rows.numpy(), partition.numpy())
@@ -143,10 +145,12 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
 def losses_and_divergence(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`losses` of ``logits``, and KL(softmax(reference) ‖ softmax(logits)) in nats, (n,) float64 each."""
     chosen = logits.gather(1, targets[:, None])[:, 0].double().cpu()
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or not compiles():
         log_p, log_q = torch.log_softmax(reference, 1), torch.log_softmax(logits, 1)
         apart = torch.where(log_p > -87, log_p.exp() * (log_p - log_q), 0.0)
         return torch.logsumexp(logits, 1).double().cpu() - chosen, apart.double().sum(1).cpu()
+    from loftq.evaluate import cpu_rows
+
     p, q = reference.contiguous(), logits.contiguous()
     partition = torch.empty(q.shape[0], dtype=torch.float64)
     divergence = torch.empty_like(partition)

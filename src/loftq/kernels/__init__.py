@@ -1,8 +1,8 @@
 """The loops that touch every weight. Tensors in, tensors out.
 
 Each function here has one definition in :mod:`loftq.kernels.reference`, in plain torch, which runs on any device. On the
-CPU compiled loops compute the same (:mod:`loftq.kernels.cpu`), on a GPU Triton's (:mod:`loftq.kernels.triton_kernels`)
-where Triton is installed.
+CPU compiled loops compute the same (:mod:`loftq.kernels.cpu`) where numba loads, on a GPU Triton's
+(:mod:`loftq.kernels.triton_kernels`) where Triton is installed.
 
 Shapes: weight (rows, in) float32; codes (rows, in) uint8; packed (rows, ceil(in * bits / 8)) uint8; scale and zero
 (rows, ceil(in / block_size)) float32; codebook (2^bits,) float32 ascending and thresholds (2^bits - 1,) float32, or
@@ -10,6 +10,7 @@ Shapes: weight (rows, in) float32; codes (rows, in) uint8; packed (rows, ceil(in
 """
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,7 @@ from torch import Tensor
 from loftq.kernels.reference import packed_row_bytes
 
 __all__ = [
+    "compiles",
     "dequantize",
     "descend",
     "descend_coupled",
@@ -51,10 +53,28 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"loftq.kernels.{name}")
 
 
+def compiles() -> bool:
+    """Whether numba works here, which compiles the CPU's loops; without it the reference takes their place."""
+    return _compiled().__name__.endswith(".cpu")
+
+
+@cache
+def _compiled() -> ModuleType:
+    try:
+        return _module("cpu")
+    except ImportError as error:
+        warnings.warn(
+            f"numba does not load ({error}), so loftq computes with plain torch on the CPU, many times slower; install a "
+            f"numba that fits this Python and numpy",
+            stacklevel=2,
+        )
+        return _module("reference")
+
+
 @cache
 def _backend_of(device_type: str) -> ModuleType:
     if device_type == "cpu":
-        return _module("cpu")
+        return _compiled()
     if device_type in _TRITON_DEVICES and find_spec("triton") is not None:
         return _module("triton_kernels")
     return _module("reference")
@@ -122,7 +142,7 @@ def dequantize(
     backend, args = _backend(packed), (packed, scale, codebook, zero, bits, block_size, in_features, dtype)
     if blocks is None:
         return backend.dequantize(*args, out)
-    if backend is _module("cpu"):
+    if backend.__name__.endswith(".cpu"):
         return backend.dequantize(*args, out, blocks)
     part: Tensor = backend.dequantize(*args)[:, blocks[0] * block_size : blocks[1] * block_size]
     return part if out is None else out.copy_(part)

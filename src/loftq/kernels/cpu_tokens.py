@@ -25,6 +25,8 @@ def product(
 
     ``stored``: width, packed, scale, tables and zero as it takes them.
     """
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], features)
     out = x.new_empty(x.shape[0], features)
     for part, found in zip(x.split(TOKENS_AT_ONCE), out.split(TOKENS_AT_ONCE), strict=True):
         _product(loop, part, found, stored, block_size, n)
@@ -40,7 +42,8 @@ def _product(
     cells: np.dtype[Any] = np.dtype(np.float32)
     if x.dtype == torch.bfloat16 and BFLOAT16:
         share, cells = (0, 0), np.dtype(np.uint16)
-        x = torch.nn.functional.pad(x, (0, x.shape[1] % 2)).contiguous().view(torch.int32)
+        padded_x = torch.nn.functional.pad(x, (0, x.shape[1] % 2))
+        x = padded_x.flatten().view(torch.int32).view(len(x), -1)  # flat first: a single row's stride may be anything
     else:
         x = x.float().contiguous()
     tokens, length = x.shape

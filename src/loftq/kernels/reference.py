@@ -36,7 +36,7 @@ def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     words = (padded.to(torch.int64) << byte_shifts).sum(-1)
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
     codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :in_features].contiguous()
+    return codes.to(torch.uint8).view(rows, groups * 8)[:, :in_features].contiguous()
 
 
 def _spread(per_block: Tensor, block_size: int, in_features: int) -> Tensor:

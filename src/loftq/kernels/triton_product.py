@@ -300,8 +300,8 @@ def product(
         return torch.cat([product(chunk, *rest) for chunk in _chunks(x)])
     x = x.contiguous()
     (tokens, n), rows = x.shape, packed.shape[0]
-    if tokens == 0 or rows == 0:
-        return x.new_empty(tokens, rows)
+    if tokens * rows * n == 0:
+        return x.new_zeros(tokens, rows)
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
     if tokens == 1:
         out = x.new_empty(1, rows)
@@ -334,8 +334,8 @@ def grad_product(
         return torch.cat([grad_product(chunk, *rest) for chunk in _chunks(grad)])
     grad = grad.contiguous()
     tokens, rows = grad.shape
-    if tokens == 0 or in_features == 0:
-        return grad.new_empty(tokens, in_features)
+    if tokens * rows * in_features == 0:
+        return grad.new_zeros(tokens, in_features)
     m = handed_over(packed, scale, codebook, zero, bits, block_size)
     parts, share = _parts(triton.cdiv(in_features, 128), rows, grad)
     out = grad.new_empty(parts, tokens, in_features, dtype=grad.dtype if parts == 1 else torch.float32)
