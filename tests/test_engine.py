@@ -532,4 +532,5 @@ def test_jobs_ahead_are_bounded(two_workers, workdir, monkeypatch):
     monkeypatch.setattr(jobs, "Job", job)
     quantized(calibrated(), "ray", progress=lambda name, weights: written.append(name) if "proj" in name else None)
     assert len(drawn) == 28
-    assert max(ahead) <= 4, ahead  # one more than the two workers have cores, and the one just drawn
+    # one more than the two workers have cores, the one just drawn, and the one being written
+    assert max(ahead) <= 5, ahead

@@ -40,7 +40,7 @@ MAX_SHARD_BYTES = 50_000_000_000  # transformers' own default, so that saving a 
 
 
 class Progress(Protocol):
-    """Called with the number of weights done since the last call."""
+    """Called with the number of weights done since the last call, from the thread that writes."""
 
     def __call__(self, name: str, weights: int) -> None: ...
 

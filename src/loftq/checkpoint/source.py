@@ -141,10 +141,14 @@ class SafetensorsSource:
         self.files = self._shards(single)
         self.tensors: dict[str, TensorInfo] = {}
         self._where: dict[str, tuple[Path, int, int]] = {}
+        self._following: dict[str, int] = {}  # bytes of the tensor after it in its file
         for file in self.files:
-            for name, info, begin, size in read_header(file):
+            entries = read_header(file)
+            sizes = [size for *_, size in entries]
+            for (name, info, begin, size), following in zip(entries, [*sizes[1:], 0], strict=True):
                 self.tensors[name] = info
                 self._where[name] = (file, begin, size)
+                self._following[name] = following
         missing = [name for name in self._expected if name not in self.tensors]
         if missing:
             raise SourceError(
@@ -186,8 +190,9 @@ class SafetensorsSource:
     def read(self, name: str, index: int | None = None) -> Tensor:
         file, begin, size = self._where[name]
         info = self.tensors[name]
+        following = self._following[name]
         if index is not None:
-            size //= info.shape[0]
+            size = following = size // info.shape[0]
             begin += index * size
             info = TensorInfo(info.dtype, info.shape[1:])
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -195,6 +200,8 @@ class SafetensorsSource:
             stream.seek(begin)
             if stream.readinto(memoryview(as_bytes(buffer))) != size:
                 raise SourceError(f"{file} ends inside tensor {name}; fetch the checkpoint again")
+            if following and hasattr(os, "posix_fadvise"):  # the next tensor is read while this one is worked on
+                os.posix_fadvise(stream.fileno(), begin + size, following, os.POSIX_FADV_WILLNEED)
         return buffer.view(info.dtype).view(info.shape) if size else torch.empty(info.shape, dtype=info.dtype)
 
     def save_extras(self, out_dir: Path) -> None:

@@ -8,6 +8,7 @@ depends on their size alone (:func:`loftq.kernels.threads.is_small`), so that ev
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,8 @@ def run_all(
 ) -> None:
     """Every unit that is not done: first those that need nothing, then the layers in the order of the calibration.
 
-    What fails here, writing among it, ends the engine's work before the engine itself is closed.
+    A unit is written while the next is computed, except where later inputs need what came of it. What fails here, writing
+    among it, ends the engine's work before the engine itself is closed.
     """
     by_name = {unit.name: unit for unit in units}
     waiting = set(inputs.targets)
@@ -123,9 +125,14 @@ def run_all(
             if name not in staging.done
         )
         if not inputs.propagate:
-            with closing(engine.run(chain(free, behind))) as results:
+            with ThreadPoolExecutor(1, "loftq-writer") as writer, closing(engine.run(chain(free, behind))) as results:
+                writing: Future[Any] | None = None
                 for unit, computed in results:
-                    write(unit, computed)
+                    if writing is not None:
+                        writing.result()  # one at a time: what waits takes memory
+                    writing = writer.submit(write, unit, computed)
+                if writing is not None:
+                    writing.result()
             return
         with closing(engine.run(free)) as results:
             for unit, computed in results:
