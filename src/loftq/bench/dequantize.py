@@ -1,7 +1,7 @@
 """Packed codes -> a dense matrix.
 
-The layers write it to memory that exists; ``fresh`` allocates it, as bitsandbytes does, whose functions take no memory to
-write to on the CPU. Most of the time of ``fresh`` the system spends on providing the pages.
+The layers write it to memory that exists; ``fresh`` allocates it, as bitsandbytes' functions and layers do on the CPU. Most of
+that time the system spends on providing the pages, so bitsandbytes' loop is also called with memory that exists.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def run(options: Options) -> Iterator[Case]:
             candidates[f"{bits} bits, fresh"] = partial(kernels.dequantize, *stored, *shape)
         if rival.version() is not None:
             candidates[RIVAL] = rival.dequantizer(weight.to(dtype))
+            into = torch.zeros(size, size, dtype=dtype)
+            if (existing := rival.dequantizer_into(weight.to(dtype), into)) is not None:
+                candidates[f"{RIVAL}, existing memory"] = existing
         yield Case(
             SUITE,
             f"to {str(dtype).removeprefix('torch.')}",

@@ -6,6 +6,7 @@ bfloat16 scales, which is faster and less exact. So each mode has a layer of its
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import logging
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 MISSING = 'bitsandbytes is not installed, so nothing is compared with it; pip install "bitsandbytes>=0.49"'
 NO_EVAL = "bitsandbytes repacks weights for inference on processors with AVX512-BF16 only, which this one is not"
 BLOCK_SIZE = 64
+_ENDINGS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def version() -> str | None:
@@ -32,6 +34,29 @@ def dequantizer(weight: Tensor) -> Any:
     functional: Any = _quietly("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4")
     return lambda: functional.dequantize_4bit(packed, state)
+
+
+def dequantizer_into(weight: Tensor, out: Tensor) -> Any:
+    """The same by bitsandbytes' own loop, called directly so that it writes to ``out``; no function of its API does.
+
+    ``None`` where its wheel has no compiled loop.
+    """
+    functional: Any = _quietly("bitsandbytes.functional")
+    library: Any = importlib.import_module("bitsandbytes.cextension").lib
+    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4")
+    loop = f"cdequantize_blockwise_cpu_nf4_{_ENDINGS[weight.dtype]}"
+    absmax, (rows, columns) = state.absmax.float(), weight.shape
+    sizes = [ctypes.c_longlong(size) for size in (BLOCK_SIZE, rows, columns)]
+
+    def into() -> Tensor:
+        getattr(library, loop)(*map(functional.get_ptr, (packed, absmax, out)), *sizes)
+        return out
+
+    try:
+        into()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None
+    return into
 
 
 def linear(weight: Tensor, dtype: torch.dtype, *, training: bool) -> nn.Module:
@@ -54,7 +79,8 @@ def repacks(layer: Any) -> bool:
 
 
 def _quietly(module: str) -> Any:
-    """The module, imported without its advice to install a further package, which has no say here."""
+    """The module, imported without its advice to install `kernels`, with which it would fetch other code from the hub for
+    inference; measured is what its own wheel does."""
     logger = logging.getLogger("bitsandbytes")
     before = logger.level
     logger.setLevel(logging.ERROR)
