@@ -1,4 +1,4 @@
-"""Everything about a GPU in one call: products, a training step, and quantizing Llama-2-7B's matrices.
+"""Everything about a GPU in one call: products, kernels, a training step, and quantizing Llama-2-7B's matrices.
 
 python benchmarks/gpu.py            # minutes; writes results/gpu.json
 python benchmarks/gpu.py --quick    # fewer repeats and shapes
@@ -8,7 +8,7 @@ Products: each of 1, 16, 512 and 4,096 tokens against bitsandbytes' NF4, torchao
 a weight as overflow the L2 cache several times are multiplied in turn, so that none is found there, from one CUDA graph, so
 that the time of launching from Python does not count; ``eager`` is the time with it. Training: a forward and backward pass
 of one decoder layer with LoRA on all seven linear layers, time and peak memory. Quantizing: T = 5, r = 64, block power
-iteration against the full SVD on the same device.
+iteration against the full SVD on the same device. Single kernels: each beside plain torch, see gpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common import save
 from gpu_device import Device, attempted, graph_of, installed, layers, stored_bytes, timed
+from gpu_kernels import single_kernels
 from loftq import PUBLISHED, QuantSpec, decompose
 
 LAYERS, RANK = 32, 64  # of Llama-2-7B, and of the adapter
@@ -233,12 +234,13 @@ def main(arguments: list[str] | None = None) -> int:
     if device.on_gpu:
         properties = torch.cuda.get_device_properties(0)
         print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch {torch.__version__}")
-    results: dict[str, list[dict]] = {"products": [], "training": [], "quantizing": []}
-    for name, measure in (("products", products), ("training", training), ("quantizing", quantizing)):
+    parts = {"products": products, "training": training, "quantizing": quantizing, "kernels": single_kernels}
+    results: dict[str, list[dict]] = {name: [] for name in parts}
+    for name, measure in parts.items():
         results[name] = measure(device)
         if device.on_gpu:  # after each part, so that a run cut short leaves what it has
             record(properties, options.quick, results, [])
-    reached = bounds(*results.values())
+    reached = bounds(results["products"], results["training"], results["quantizing"])
     if device.on_gpu:
         record(properties, options.quick, results, reached)
     return 0

@@ -31,7 +31,12 @@ def test_every_part_runs(gpu, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "record", lambda *args: recorded.append(args))
     assert gpu.main(["--device", "cpu", "--quick"]) == 0
     out = capsys.readouterr().out
-    for part in ("64x64, 1 tokens", "training step of a layer, 1 x 16 tokens, loftq 4 bits", "full SVD: "):
+    for part in (
+        "64x64, 1 tokens",
+        "training step of a layer, 1 x 16 tokens, loftq 4 bits",
+        "full SVD: ",
+        "64x64, 3 bits, scale search: ",
+    ):
         assert part in out
     assert not recorded, "a run on the CPU is no result"
 

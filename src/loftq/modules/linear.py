@@ -15,7 +15,7 @@ from loftq.modules.packed import PackedWeight
 
 
 class QuantLinear(PackedWeight, nn.Linear):
-    """``y = x Wᵀ + b`` with W (out, in) packed in 2, 3, 4 or 8 bits and dequantized for the duration of each call.
+    """``y = x Wᵀ + b`` with W (out, in) packed in 2, 3, 4 or 8 bits, of which no dense copy outlives a call.
 
     A subclass of :class:`torch.nn.Linear`, so PEFT wraps it like any other. ``weight`` is the packed uint8 buffer; it
     gets no gradient, the input and the bias do. Under autocast the product runs in the autocast dtype, otherwise in the
