@@ -15,8 +15,8 @@ from loftq import kernels
 from loftq.config import BITS
 from loftq.kernels import reference
 
-# Rows of whole units and several tiles; rows that start anywhere and end in the middle of everything.
-SHAPES = {"whole": (5, 320, 64), "ragged": (7, 131, 32)}
+# Rows of whole units and several tiles; rows that start anywhere and end in the middle of everything; large blocks.
+SHAPES = {"whole": (5, 320, 64), "ragged": (7, 131, 32), "large-blocks": (4, 300, 256), "short-block": (3, 37, 128)}
 shapes = pytest.mark.parametrize(("rows", "n", "block_size"), SHAPES.values(), ids=SHAPES)
 widths = pytest.mark.parametrize("bits", BITS, ids=lambda bits: f"{bits}bit")
 
@@ -47,7 +47,7 @@ def test_dequantize(bits, rows, n, block_size, with_zero):
     assert torch.equal(by_triton(kernels.dequantize, *args, dtype), rounded(exact, dtype))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4], ids=lambda bits: f"{bits}bit")
+@widths
 def test_levels_of_each_rows_own(bits):
     levels = levels_by_row(bits).bfloat16()
     rows, n, block_size = levels.shape[0], 83, 32
@@ -100,6 +100,17 @@ def test_products_in_half_precision(tokens, dtype):
     # the result is rounded (or cut off), and with several tokens each value of W too
     difference = (found.double() - x.double() @ dense.T).abs()
     assert bool((difference <= 3 * torch.finfo(dtype).eps * terms).all()), float((difference / terms).max())
+
+
+@widths
+def test_gradient_in_half_precision(bits):
+    """In float16: bfloat16 is beyond the interpreter's matrix product."""
+    operands, dense = packed_matrix(7, 131, 32, bits, False)
+    grad = torch.randn(3, 7, generator=torch.Generator().manual_seed(5)).half()
+    found = by_triton(kernels.grad_product, grad, *operands, 131)
+    assert found.dtype == torch.float16
+    terms = grad.double().abs() @ dense.abs()
+    assert bool(((found.double() - grad.double() @ dense).abs() <= 3 * torch.finfo(torch.float16).eps * terms).all())
 
 
 def test_a_sum_in_parts_gives_the_same_bits_twice():

@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install loftq[triton]")
 import loftq
 from loftq import kernels
 from loftq.codec.codebook import codebook, thresholds
-from loftq.config import BITS
+from loftq.config import BITS, CODEBOOKS
 from loftq.kernels import reference
 from loftq.solver.importance import InputStatistics
 
@@ -64,6 +64,21 @@ def test_search_scale(bits, weighted):
     assert_same_choices(found, defined, constant_blocks(weight, BLOCK))
 
 
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("name", CODEBOOKS)
+@widths
+def test_every_codebook(bits, name, block_size):
+    weight, levels = random_weight(ROWS, 200), codebook(name, bits)
+    scale, _ = random_scales(ROWS, 200, block_size, False)
+    stored = (weight, scale, None, levels, thresholds(levels), block_size)
+    assert torch.equal(by_triton(kernels.encode, *stored), reference.encode(*stored))
+    args = (levels, thresholds(levels), torch.cat([FACTORS, -FACTORS]), 1, block_size)
+    found = by_triton(kernels.search_scale, weight, *args)
+    defined = reference.search_scale(weight, torch.ones(200), *args)
+    errors = [squared_error(weight, torch.ones(200), s, None, levels, block_size) for s in (found, defined)]
+    assert abs(errors[0] - errors[1]) <= wrong_preference(block_size) * float(weight.double().square().sum())
+
+
 @counted
 @widths
 def test_search_affine(bits, weighted):
@@ -91,7 +106,7 @@ def test_level_moments(bits, weighted):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4], ids=lambda bits: f"{bits}bit")
+@widths
 def test_levels_of_each_rows_own(bits):
     levels = levels_by_row(bits)
     p = problem(ROWS, 83, BLOCK, "lloyd", bits)
