@@ -189,3 +189,12 @@ def test_padding_is_a_token_that_the_model_has():
     assert padding_id(model, tokenizer) == model.config.pad_token_id == 2
     model.config.pad_token_id = 7
     assert padding_id(model, tokenizer) == 7
+
+
+def test_joined_rows_are_for_running_text(tmp_path):
+    data = written(tmp_path, {"text": "a"}, {"text": ""}, {"text": "b"})
+    found, _ = prepare(DataSettings("causal", data, join_rows=True), letters())
+    assert [letters().decode(e.input_ids) for e in found] == ["<s>a\n\n\n\nb"]
+    for wrong in ({"task": "completion"}, {"packing": False}, {"data": "a.safetensors:ids"}):
+        with pytest.raises(ConfigError, match="join_rows is on, but"):
+            DataSettings(**{"task": "causal", "data": data, "join_rows": True, **wrong})

@@ -70,7 +70,8 @@ def test_wrong_maps(row, mapping, error, words):
     ("name", "row", "words"),
     [
         ("causal", {"text": 3}, "f, line 2: text is 3, expected a text"),
-        ("causal", {"text": "  "}, "f, line 2: text is empty"),
+        ("summarization", {"text": "  ", "summary": "a"}, "f, line 2: text is empty"),
+        ("classification", {"text": "", "label": 1}, "f, line 2: text is empty"),
         ("causal", {"text": "a\ud800"}, r"f, line 2: text has half a character, '\ud800', at 1"),
         ("chat", {"messages": [{"role": "assistant", "content": "\udfff"}]}, "messages has half a character"),
         ("classification", {"text": "a", "label": " "}, "label is ' ', expected a label"),
@@ -91,3 +92,14 @@ def test_rows_that_do_not_fit(name, row, words):
     with pytest.raises(SourceError) as raised:
         list(Roles(task(name), good).apply([Row(row, "f, line 2")]))
     assert words in str(raised.value), raised.value
+
+
+def test_texts_that_may_be_empty():
+    """A blank line of running text, and either text of a pair, as in QQP; not both."""
+    blank = [Row({"text": ""}, "f, line 1")]
+    assert [row.values for row in Roles(task("causal"), {"text": "text"}).apply(blank)] == [{"text": ""}]
+    pair = Roles(task("classification"), {"text": "text", "text_pair": "b", "label": "y"})
+    rows = [Row({"text": a, "b": b, "y": 0}, "f, line 2") for a, b in (("a", ""), ("", "b"))]
+    assert [(row.values["text"], row.values["text_pair"]) for row in pair.apply(rows)] == [("a", ""), ("", "b")]
+    with pytest.raises(SourceError, match="f, line 2 has two empty texts, expected a text"):
+        list(pair.apply([Row({"text": "", "b": " ", "y": 0}, "f, line 2")]))

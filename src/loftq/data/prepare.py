@@ -12,7 +12,15 @@ from typing import Any
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
 from loftq.data.examples import Examples
 from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
-from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_template, completion_examples, pack
+from loftq.data.language import (
+    PROMPT,
+    causal_examples,
+    chat_examples,
+    checked_template,
+    completion_examples,
+    joined_examples,
+    pack,
+)
 from loftq.data.questions import question_examples
 from loftq.data.roles import Roles
 from loftq.data.rows import Row, read_rows
@@ -42,6 +50,8 @@ class DataSettings:
         max_target_length: tokens of a summary. doc_stride: tokens that neighbouring windows of a context share;
             ``None`` for 128, or a third of ``max_length`` if that is less.
         packing: several texts to a window. ``None``: for running text only.
+        join_rows: rows of running text are the lines or paragraphs of one text: a blank line is put between them, and no
+            end-of-text token.
         prompt_template: what a prompt (for summarization the text) is put into, with ``{prompt}`` in its place.
         limit: use the first rows only.
 
@@ -58,6 +68,7 @@ class DataSettings:
     max_target_length: int = 128
     doc_stride: int | None = None
     packing: bool | None = None
+    join_rows: bool = False
     prompt_template: str = PROMPT
     limit: int | None = None
 
@@ -88,6 +99,11 @@ class DataSettings:
             is_bool("packing", self.packing)
         if self.packing and not task(self.task).is_causal:
             raise ConfigError(f"packing is on, but the task {self.task} has one text an input; turn it off")
+        is_bool("join_rows", self.join_rows)
+        if self.join_rows and (self.task != "causal" or self.is_stored or self.packing is False):
+            raise ConfigError(
+                "join_rows is on, but makes one stream of the texts of the task causal, with packing; turn it off"
+            )
         checked_template(self.prompt_template)
 
     @property
@@ -234,7 +250,11 @@ def tokenizer_for(model: str, *settings: DataSettings | None) -> Any:
 def _builder(settings: DataSettings, tokenizer: Any, length: int) -> Callable[[Iterable[Row]], Examples]:
     template = settings.prompt_template
     builders: dict[str, Callable[[Iterable[Row]], Examples]] = {
-        "causal": lambda rows: causal_examples(rows, tokenizer, length, packing=settings.packing is not False),
+        "causal": lambda rows: (
+            joined_examples(rows, tokenizer, length)
+            if settings.join_rows
+            else causal_examples(rows, tokenizer, length, packing=settings.packing is not False)
+        ),
         "completion": lambda rows: completion_examples(rows, tokenizer, length, template=template),
         "chat": lambda rows: chat_examples(rows, tokenizer, length),
         "regression": lambda rows: regression_examples(rows, tokenizer, length),

@@ -64,14 +64,21 @@ class Roles:
         Raises:
             SourceError: a row lacks a column or holds something of another kind.
         """
+        pair = "text_pair" in self.columns
+        may_be_empty = ("text", "text_pair") if pair else self.task.may_be_empty
         for row in rows:
-            values = {}
+            values: dict[str, Any] = {}
             for role, column in self.columns.items():
                 if column not in row.values:
                     raise SourceError(
                         f"{row.where} has no column {column!r}, it has {_columns(row)}; repair or remove it"
                     )
-                values[role] = _CHECKS[role](row.values[column], f"{row.where}: {column}")
+                where = f"{row.where}: {column}"
+                values[role] = _CHECKS[role](row.values[column], where)
+                if _CHECKS[role] is _text and not values[role].strip() and role not in may_be_empty:
+                    raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
+            if pair and not (values["text"] + values["text_pair"]).strip():
+                raise SourceError(f"{row.where} has two empty texts, expected a text; fill one in or remove the row")
             yield Row(values, row.where)
 
 
@@ -82,8 +89,6 @@ def _columns(row: Row) -> str:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise SourceError(f"{where} is {_shown(value)}, expected a text; repair or remove the row")
-    if not value.strip():
-        raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
     return _encodable(value, where)
 
 

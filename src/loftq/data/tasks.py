@@ -16,8 +16,9 @@ class Task:
         name: as ``--task`` spells it.
         roles: what a row must provide. optional: what it may provide. instead: what will do in place of ``roles``.
         model: the ``AutoModelFor…`` class of transformers.
-        columns: role -> column names that are taken for it where no ``--map`` says otherwise, best first.
         metrics: what is measured where no metric is named.
+        may_be_empty: texts that a row may leave empty. Of a pair, either may be, as in QQP.
+        columns: role -> column names that are taken for it where no ``--map`` says otherwise, best first.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Task:
     metrics: tuple[str, ...]
     optional: tuple[str, ...] = ()
     instead: tuple[str, ...] = ()
+    may_be_empty: tuple[str, ...] = ()
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -45,7 +47,14 @@ _SECOND = ("sentence2", "question2", "hypothesis", "sentence")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("causal", ("text",), "AutoModelForCausalLM", ("perplexity",), columns={"text": ("content", "document")}),
+        Task(
+            "causal",
+            ("text",),
+            "AutoModelForCausalLM",
+            ("perplexity",),
+            may_be_empty=("text",),
+            columns={"text": ("content", "document")},
+        ),
         Task("completion", ("prompt", "completion"), "AutoModelForCausalLM", ("perplexity",), columns=_PAIR),
         Task(
             "chat",
