@@ -45,6 +45,7 @@ class Examples:
         rows: how many were read. cut, first_cut: rows longer than ``max_length``, and where the first is.
         dropped, first_dropped: rows that had nothing left to predict once they were cut.
         empty, first_empty: rows without a text.
+        incomplete: places of lines that lack fields, where a known file has such.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Examples:
     first_dropped: str = ""
     empty: int = 0
     first_empty: str = ""
+    incomplete: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -110,6 +112,11 @@ class Examples:
     def notes(self) -> list[str]:
         """One sentence for each thing that happened to rows."""
         found = []
+        if self.incomplete:
+            found.append(
+                f"{len(self.incomplete):,} of {self.rows + len(self.incomplete):,} lines have fewer fields than the header, as "
+                f"in GLUE's own file of QQP, and were left out, first {self.incomplete[0]}"
+            )
         if self.empty:
             found.append(f"{self.empty:,} of {self.rows:,} rows are empty and were left out, first {self.first_empty}")
         if self.cut:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
 from loftq.data.examples import Examples
+from loftq.data.formats import LeftOut
 from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
 from loftq.data.language import (
     PROMPT,
@@ -160,14 +161,19 @@ def positions(config: Any | None, *, writing: bool = False) -> int | None:
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
 
 
-def rows_of(settings: DataSettings) -> Iterable[Row]:
+def rows_of(settings: DataSettings, left_out: LeftOut = lambda where: None) -> Iterable[Row]:
     """The rows of a data set by role, read as they are asked for.
+
+    Args:
+        left_out: told the place of each line that a known file is read without.
 
     Raises:
         SourceError, ConfigError: see :func:`loftq.data.rows.read_rows` and :class:`loftq.data.roles.Roles`.
     """
     numbered = bool(settings.map) and all(column.isdigit() for column in settings.map)
-    rows = iter(read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit))
+    rows = iter(
+        read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit, left_out=left_out)
+    )
     first = next(rows)
     roles = Roles.find(task(settings.task), first, settings.map)
     return roles.apply(itertools.chain([first], rows))
@@ -208,7 +214,8 @@ def prepare(
         )
     if settings.is_stored:
         return _stored(settings, length, config), None
-    rows = rows_of(settings)
+    incomplete: list[str] = []
+    rows = rows_of(settings, incomplete.append)
     if settings.task == "classification":
         labels = labels or settings.labels
         if not labels:
@@ -216,8 +223,10 @@ def prepare(
             labels = label_names(rows)
         known = "--labels" if settings.labels else "the training data"
         found = classification_examples(rows, tokenizer, length, labels, where_names=known)
+        found.incomplete = incomplete
         return found.checked(settings.data), list(labels)
     found = _builder(settings, tokenizer, length)(rows).checked(settings.data)
+    found.incomplete = incomplete
     if settings.packing and settings.task != "causal":
         found = pack(found)
     return found, None

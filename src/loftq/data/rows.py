@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loftq.data.formats import SUFFIXES, reader_for
+from loftq.data.formats import SUFFIXES, LeftOut, reader_for
 from loftq.data.hub import could_be_hub_name, hub_rows
 from loftq.errors import SourceError
 
@@ -34,7 +34,12 @@ class Row:
 
 
 def read_rows(
-    name: str | Path, *, split: str = "train", numbered: bool = False, limit: int | None = None
+    name: str | Path,
+    *,
+    split: str = "train",
+    numbered: bool = False,
+    limit: int | None = None,
+    left_out: LeftOut = lambda where: None,
 ) -> Iterator[Row]:
     """The rows of a data set, one at a time.
 
@@ -43,6 +48,7 @@ def read_rows(
         split: of a folder or a hub data set; a file is one split.
         numbered: columns of a CSV or TSV file are called ``0``, ``1``, … because it has no header.
         limit: stop after so many rows.
+        left_out: told the place of each line of GLUE's QQP file that lacks fields and is left out.
 
     Raises:
         SourceError: no such data set, an unreadable one, or one without rows; the message names file and line.
@@ -55,7 +61,7 @@ def read_rows(
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
     found: Iterator[Row]
     if path.is_file():
-        found = (Row(values, where) for values, where in reader_for(path)(path, numbered))
+        found = (Row(values, where) for values, where in reader_for(path)(path, numbered, left_out))
     elif could_be_hub_name(str(name)):
         found = _hub_rows(str(name), split)
     else:
