@@ -33,6 +33,19 @@ def columns(name: str, row: dict, mapping: dict | None = None) -> dict[str, str]
         ),
         ("regression", {"text": "", "score": 0}, {"text": "text", "label": "score"}),
         ("completion", {"question": "", "answer": ""}, {"prompt": "question", "completion": "answer"}),
+        (
+            "completion",  # Alpaca
+            {"instruction": "", "input": "", "output": ""},
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+        ),
+        ("completion", {"input": "", "output": ""}, {"prompt": "input", "completion": "output"}),
+        ("completion", {"prompt": "", "input": "", "output": ""}, {"prompt": "prompt", "completion": "output"}),
+        (
+            "chat",
+            {"instruction": "", "input": "", "output": ""},
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+        ),
+        ("chat", {"messages": [], "instruction": "", "input": "", "output": ""}, {"messages": "messages"}),
         ("chat", {"prompt": "", "completion": ""}, {"prompt": "prompt", "completion": "completion"}),
         ("chat", {"messages": [], "prompt": ""}, {"messages": "messages"}),
         ("summarization", {"document": "", "summary": ""}, {"text": "document", "summary": "summary"}),
@@ -49,6 +62,29 @@ def test_map_wins_and_frees_nothing(tmp_path):
         "text": "body",
         "label": "y",
     }
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"instruction": "prompt"}, {"prompt": "instruction"}),
+        ({"input": "prompt"}, {"prompt": "input"}),
+        ({"instruction": "prompt", "input": "input"}, {"prompt": "instruction", "input": "input"}),
+        ({"output": "completion"}, {"prompt": "instruction", "input": "input"}),
+    ],
+)
+def test_a_map_says_what_of_alpaca_is_taken(mapping, expected):
+    row = {"instruction": "", "input": "", "output": ""}
+    assert columns("completion", row, mapping) == {**expected, "completion": "output"}
+
+
+def test_an_input_follows_its_instruction():
+    roles = Roles(task("completion"), {"prompt": "instruction", "input": "input", "completion": "output"})
+    rows = [Row({"instruction": "Add.", "input": i, "output": "2"}, "f, line 1") for i in ("1 + 1", "")]
+    assert [row.values for row in roles.apply(rows)] == [
+        {"prompt": "Add.\n\n1 + 1", "completion": "2"},
+        {"prompt": "Add.", "completion": "2"},
+    ]
 
 
 @pytest.mark.parametrize(

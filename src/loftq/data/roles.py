@@ -41,6 +41,9 @@ class Roles:
             if column not in first.values:
                 raise SourceError(f"{first.where} has no column {column!r}, it has {_columns(first)}; correct --map")
             chosen[role] = column
+        pair = task.together
+        if not set(pair) & set(chosen) and "prompt" not in first.values and not set(pair.values()) & set(mapping):
+            chosen |= pair if set(pair.values()) <= set(first.values) else {}
         for role in known:
             taken = {*chosen.values(), *mapping}
             guesses = [c for c in task.candidates(role) if c in first.values and c not in taken]
@@ -50,7 +53,7 @@ class Roles:
         if missing and task.instead and all(role in chosen for role in task.instead):
             missing = []
         elif task.instead and not missing:
-            chosen = {role: column for role, column in chosen.items() if role not in task.instead}
+            chosen = {role: column for role, column in chosen.items() if role in task.roles}
         if missing:
             raise SourceError(
                 f"{first.where} has the columns {_columns(first)}, but none is known as {missing[0]} of the task "
@@ -59,7 +62,7 @@ class Roles:
         return cls(task, chosen)
 
     def apply(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """Rows whose values go by role, checked.
+        """Rows whose values go by role, checked; an input that is not empty follows its prompt after a blank line.
 
         Raises:
             SourceError: a row lacks a column or holds something of another kind.
@@ -79,6 +82,9 @@ class Roles:
                     raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
             if pair and not (values["text"] + values["text_pair"]).strip():
                 raise SourceError(f"{row.where} has two empty texts, expected a text; fill one in or remove the row")
+            extra = values.pop("input", "")
+            if extra.strip():
+                values["prompt"] += f"\n\n{extra}"
             yield Row(values, row.where)
 
 
@@ -163,6 +169,7 @@ _CHECKS = {
     "text": _text,
     "text_pair": _text,
     "prompt": _text,
+    "input": _text,
     "completion": _text,
     "summary": _text,
     "context": _text,
