@@ -247,4 +247,4 @@ _READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-SUFFIXES = frozenset(_READERS)
+SUFFIXES = tuple(_READERS)
