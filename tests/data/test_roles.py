@@ -139,3 +139,14 @@ def test_texts_that_may_be_empty():
     assert [(row.values["text"], row.values["text_pair"]) for row in pair.apply(rows)] == [("a", ""), ("", "b")]
     with pytest.raises(SourceError, match="f, line 2 has two empty texts, expected a text"):
         list(pair.apply([Row({"text": "", "b": " ", "y": 0}, "f, line 2")]))
+
+
+def test_turns_as_sharegpt_writes_them():
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    roles = Roles.find(task("chat"), Row({"conversations": turns}, "f, line 1"), {})
+    (row,) = roles.apply([Row({"conversations": turns}, "f, line 1")])
+    expected = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert [(m["role"], m["content"]) for m in row.values["messages"]] == expected
+    for wrong in ({"from": "crowd", "value": "c"}, {"from": ["gpt"], "value": "c"}, {"from": "gpt"}):
+        with pytest.raises(SourceError, match="expected a role and a content, both texts"):
+            list(roles.apply([Row({"conversations": [*turns, wrong]}, "f, line 1")]))

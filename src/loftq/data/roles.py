@@ -124,6 +124,7 @@ def _label(value: Any, where: str) -> str | int | float:
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise SourceError(f"{where} is {_shown(value)}, expected a list of messages; repair or remove the row")
+    value = [_from_sharegpt(message) for message in value]
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise SourceError(
@@ -134,6 +135,16 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not any(message["role"] == "assistant" for message in value):
         raise SourceError(f"{where} has no message of the assistant, and so nothing to learn; remove the row")
     return value
+
+
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _from_sharegpt(message: Any) -> Any:
+    """A turn that says who speaks by ``from`` and what by ``value``; any other message as it is."""
+    if not isinstance(message, dict) or "role" in message or str(message.get("from")) not in _SPEAKERS:
+        return message
+    return {"role": _SPEAKERS[message["from"]], "content": message.get("value")}
 
 
 def _answers(value: Any, where: str) -> dict[str, list[Any]]:
