@@ -31,8 +31,8 @@ def test_the_loss_mask_as_text(llama, sentences):
     """One token a byte: <s> and the prompt before the brackets, the completion and the end of text in them."""
     lines = check(llama, "--task", "completion", "--data", sentences).splitlines()
     assert f"{sentences}, line 1" in lines
-    assert "<s>1+1=⟦2</s>⟧" in lines
-    assert "<s>2+3=⟦5</s>⟧" in lines
+    assert "<s>·1·+·1·=⟦2·</s>⟧" in lines
+    assert "<s>·2·+·3·=⟦5·</s>⟧" in lines
     counts = dict(line.strip().rsplit(maxsplit=1) for line in lines if len(line.split()) > 1)
     assert {name: counts[name] for name in ("rows", "tokens", "predicted tokens", "cut")} == {
         "rows": "2",
@@ -57,7 +57,7 @@ def test_the_loss_mask_as_json(llama, sentences):
 def test_what_a_limit_cuts_is_said(llama, tmp_path):
     rows = [{"prompt": "1", "completion": "2345678"}, {"prompt": "1234567890", "completion": "2"}]
     text = check(llama, "--task", "completion", "--data", write_rows(tmp_path / "long.jsonl", rows), "--max-length", 6)
-    assert "<s>1⟦2345⟧" in text.splitlines()
+    assert "<s>·1⟦2·3·4·5⟧" in text.splitlines()
     together = " ".join(text.split())
     assert f"1 of 2 rows are longer than 6 tokens and were cut, first {tmp_path / 'long.jsonl'}, line 1" in together
     assert "1 of 2 rows have nothing to predict within 6 tokens and were left out" in together

@@ -93,6 +93,8 @@ def test_a_run_ends_with_measured_beside_published(tmp_path, monkeypatch):
 
     work = reproduce.reproduce
     monkeypatch.setattr(reproduce, "reproduce", lambda *given: work(*given, run=run_step))
+    row = {"premise": "a", "hypothesis": "b", "label": 1}
+    monkeypatch.setattr("loftq.data.rows.hub_rows", lambda *given, **options: iter([row]))
     options = ["glue/mnli-nf2-r16", "--methods", "loftq", "--seeds", "0,2", "--out", tmp_path / "out"]
     text = invoke(*options)
     assert ["loftq", "matched/accuracy", "84.7", "81.00 (80.00 … 82.00)", "-3.70", "2"] in cells(text)

@@ -24,9 +24,9 @@ def test_jsonl_counts_lines_from_one_and_skips_empty_ones(tmp_path):
     assert rows(path) == [({"text": "one"}, ", line 1"), ({"text": "zwö"}, ", line 3")]
 
 
-def test_csv_keeps_quoted_fields_and_names_the_line_a_row_ends_in(tmp_path):
-    path = written(tmp_path, "a.csv", 'text,label\n"a, ""b""\nc",1\nd,0\n')
-    assert rows(path) == [({"text": 'a, "b"\nc', "label": "1"}, ", line 3"), ({"text": "d", "label": "0"}, ", line 4")]
+def test_csv_keeps_quoted_fields_and_names_the_line_a_row_begins_in(tmp_path):
+    path = written(tmp_path, "a.csv", 'text,label\n"a, ""b""\nc",1\n\nd,0\n')
+    assert rows(path) == [({"text": 'a, "b"\nc', "label": "1"}, ", line 2"), ({"text": "d", "label": "0"}, ", line 5")]
 
 
 def test_tsv_takes_quotation_marks_as_they_are(tmp_path):
@@ -89,17 +89,19 @@ def test_squad(stories_dir):
     values, where = found[0]
     start = values["answers"]["answer_start"][0]
     assert values["context"][start:].startswith(values["answers"]["text"][0])
-    assert where == f", question {values['id']}"
+    assert where == f", line 3, question {values['id']}"
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is no JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is no JSON (Expecting value at column 6); repair"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list, expected a JSON object"),
         ("a.jsonl", "", "has no rows"),
         ("a.csv", "a,b\n1,2\n3\n", "line 3 has 1 columns, expected 2"),
         ("a.csv", 'a,b\n"1"x,2\n', "line 2 cannot be read"),
+        ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', "line 3 cannot be read"),
+        ("a.csv", 'a,b\n"1\n1",2,3\n', "line 2 has 3 columns, expected 2"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.json", '{"a": 1}\n{"a": 2}', "line 2 is no JSON (Extra data); one object a line is a .jsonl file"),
         ("a.json", '[{"a": 1},\n{"a": }]', "line 2 is no JSON"),
@@ -124,9 +126,19 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, text, words)
 
 def test_not_utf8(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
-    with pytest.raises(SourceError, match="is not UTF-8 near line"):
+    path.write_bytes(b'{"a": 1}\n' * 700 + b'{"a": "\xff"}\n' + b'{"a": 1}\n' * 700)
+    with pytest.raises(SourceError, match=r"a.jsonl, line 701 is not UTF-8 \(invalid start byte\); convert"):
         rows(path)
+
+
+def test_lines_of_qqp_without_all_fields_are_left_out_and_said(tmp_path):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    path = written(tmp_path, "a.tsv", f"{header}0\t1\t2\ta\tb\t0\n1\t3\t4\tc\nd\te\t1\n2\t5\t6\tf\tg\t1\n")
+    found = []
+    assert [values["question1"] for values, _ in rows(path, left_out=found.append)] == ["a", "f"]
+    assert found == [f"{path}, line 3", f"{path}, line 4"]
+    with pytest.raises(SourceError, match="line 3 has 4 columns, expected 6"):
+        rows(written(tmp_path, "b.tsv", path.read_text().replace("qid1", "q1")))
 
 
 def test_bad_luck_with_files_is_one_sentence(tmp_path, monkeypatch):

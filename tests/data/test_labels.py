@@ -64,10 +64,16 @@ def test_values():
     assert [e.labels for e in found] == [2.5, 3.0]
 
 
-@pytest.mark.parametrize("label", ["much", "nan", float("inf")])
+@pytest.mark.parametrize("label", ["much", "nan", float("inf"), 10**400])
 def test_what_is_no_value(label):
     with pytest.raises(SourceError, match=r"f, line 1 has the label .* expected a number"):
         regression_examples(rows(label), letters(), 8)
+
+
+def test_one_point_nought_is_a_class_as_a_number_and_a_name_as_a_text():
+    assert label_names(rows("1.0", "1.1")) == ["1.0", "1.1"]
+    with pytest.raises(SourceError, match=r"the label '1.0' \(f, line 2\) is a name, but '1' \(f, line 1\) a number"):
+        label_names(rows("1", "1.0"))
 
 
 @pytest.mark.parametrize("label", ["--1", "²"])

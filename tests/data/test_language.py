@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from letters import letters
 from loftq.data.collate import Collator
 from loftq.data.examples import IGNORED, Example
-from loftq.data.language import causal_examples, chat_examples, completion_examples, pack
+from loftq.data.language import causal_examples, chat_examples, completion_examples, joined_examples, pack
 from loftq.data.rows import Row
 from loftq.errors import ConfigError, SourceError
 from tiny import tiny_model
@@ -47,6 +47,28 @@ def test_without_packing_a_row_is_an_example_and_may_be_cut():
     found = causal_examples(rows({"text": "abc"}, {"text": "defg"}), letters(), 5, packing=False)
     assert [e.input_ids.tolist() for e in found] == [[S, *ids("abc"), E], [S, *ids("defg")]]
     assert found.notes() == ["1 of 2 rows are longer than 5 tokens and were cut, first f, line 2"]
+
+
+def test_empty_rows_of_running_text_are_left_out_and_said():
+    lines = rows({"text": ""}, {"text": "abc"}, {"text": " "}, {"text": "de"})
+    for packing in (True, False):
+        found = causal_examples(lines, letters(), 9, packing=packing)
+        assert "".join(letters().decode(e.input_ids) for e in found) == "<s>abc</s><s>de</s>"
+        assert (found.rows, found.notes()) == (4, ["2 of 4 rows are empty and were left out, first f, line 1"])
+    for make in (causal_examples, joined_examples):
+        with pytest.raises(SourceError, match=r"all 2 rows of f are empty \(first: f, line 1\), expected texts"):
+            make(rows({"text": ""}, {"text": " "}), letters(), 5).checked("f")
+
+
+def test_joined_rows_are_one_text():
+    found = joined_examples(rows({"text": ""}, {"text": "ab"}, {"text": ""}, {"text": "c"}), letters(), 6)
+    whole = letters()("\n\nab\n\n\n\nc").input_ids
+    assert [e.input_ids.tolist() for e in found] == [whole[:6], whole[6:]]
+    assert whole[0] == S
+    assert E not in whole
+    assert all((e.labels == e.input_ids).all() for e in found)
+    assert (found.rows, found.notes()) == (4, [])
+    assert found[1].where == "rows joined from f, line 1 on, token 6"
 
 
 def test_only_the_completion_and_the_end_are_learned():

@@ -189,3 +189,25 @@ def test_padding_is_a_token_that_the_model_has():
     assert padding_id(model, tokenizer) == model.config.pad_token_id == 2
     model.config.pad_token_id = 7
     assert padding_id(model, tokenizer) == 7
+
+
+def test_joined_rows_are_for_running_text(tmp_path):
+    data = written(tmp_path, {"text": "a"}, {"text": ""}, {"text": "b"})
+    found, _ = prepare(DataSettings("causal", data, join_rows=True), letters())
+    assert [letters().decode(e.input_ids) for e in found] == ["<s>a\n\n\n\nb"]
+    for wrong in ({"task": "completion"}, {"packing": False}, {"data": "a.safetensors:ids"}):
+        with pytest.raises(ConfigError, match="join_rows is on, but"):
+            DataSettings(**{"task": "causal", "data": data, "join_rows": True, **wrong})
+
+
+def test_lines_that_a_known_file_is_read_without_are_said(tmp_path):
+    lines = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\ta\tb\t0", "1\t3", "2\t5\t6\tf\t\t1"]
+    path = tmp_path / "train.tsv"
+    path.write_text("\n".join(lines))
+    settings = DataSettings("classification", str(path), map={"is_duplicate": "label"})
+    found, names = prepare(settings, letters(pair=True))
+    assert (names, found.rows) == (["0", "1"], 2)
+    assert found.notes() == [
+        "1 of 3 lines have fewer fields than the header, as in GLUE's own file of QQP, and were left out, first "
+        f"{path}, line 3"
+    ]

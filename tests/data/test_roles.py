@@ -33,6 +33,19 @@ def columns(name: str, row: dict, mapping: dict | None = None) -> dict[str, str]
         ),
         ("regression", {"text": "", "score": 0}, {"text": "text", "label": "score"}),
         ("completion", {"question": "", "answer": ""}, {"prompt": "question", "completion": "answer"}),
+        (
+            "completion",  # Alpaca
+            {"instruction": "", "input": "", "output": ""},
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+        ),
+        ("completion", {"input": "", "output": ""}, {"prompt": "input", "completion": "output"}),
+        ("completion", {"prompt": "", "input": "", "output": ""}, {"prompt": "prompt", "completion": "output"}),
+        (
+            "chat",
+            {"instruction": "", "input": "", "output": ""},
+            {"prompt": "instruction", "input": "input", "completion": "output"},
+        ),
+        ("chat", {"messages": [], "instruction": "", "input": "", "output": ""}, {"messages": "messages"}),
         ("chat", {"prompt": "", "completion": ""}, {"prompt": "prompt", "completion": "completion"}),
         ("chat", {"messages": [], "prompt": ""}, {"messages": "messages"}),
         ("summarization", {"document": "", "summary": ""}, {"text": "document", "summary": "summary"}),
@@ -49,6 +62,29 @@ def test_map_wins_and_frees_nothing(tmp_path):
         "text": "body",
         "label": "y",
     }
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        ({"instruction": "prompt"}, {"prompt": "instruction"}),
+        ({"input": "prompt"}, {"prompt": "input"}),
+        ({"instruction": "prompt", "input": "input"}, {"prompt": "instruction", "input": "input"}),
+        ({"output": "completion"}, {"prompt": "instruction", "input": "input"}),
+    ],
+)
+def test_a_map_says_what_of_alpaca_is_taken(mapping, expected):
+    row = {"instruction": "", "input": "", "output": ""}
+    assert columns("completion", row, mapping) == {**expected, "completion": "output"}
+
+
+def test_an_input_follows_its_instruction():
+    roles = Roles(task("completion"), {"prompt": "instruction", "input": "input", "completion": "output"})
+    rows = [Row({"instruction": "Add.", "input": i, "output": "2"}, "f, line 1") for i in ("1 + 1", "")]
+    assert [row.values for row in roles.apply(rows)] == [
+        {"prompt": "Add.\n\n1 + 1", "completion": "2"},
+        {"prompt": "Add.", "completion": "2"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +106,8 @@ def test_wrong_maps(row, mapping, error, words):
     ("name", "row", "words"),
     [
         ("causal", {"text": 3}, "f, line 2: text is 3, expected a text"),
-        ("causal", {"text": "  "}, "f, line 2: text is empty"),
+        ("summarization", {"text": "  ", "summary": "a"}, "f, line 2: text is empty"),
+        ("classification", {"text": "", "label": 1}, "f, line 2: text is empty"),
         ("causal", {"text": "a\ud800"}, r"f, line 2: text has half a character, '\ud800', at 1"),
         ("chat", {"messages": [{"role": "assistant", "content": "\udfff"}]}, "messages has half a character"),
         ("classification", {"text": "a", "label": " "}, "label is ' ', expected a label"),
@@ -91,3 +128,25 @@ def test_rows_that_do_not_fit(name, row, words):
     with pytest.raises(SourceError) as raised:
         list(Roles(task(name), good).apply([Row(row, "f, line 2")]))
     assert words in str(raised.value), raised.value
+
+
+def test_texts_that_may_be_empty():
+    """A blank line of running text, and either text of a pair, as in QQP; not both."""
+    blank = [Row({"text": ""}, "f, line 1")]
+    assert [row.values for row in Roles(task("causal"), {"text": "text"}).apply(blank)] == [{"text": ""}]
+    pair = Roles(task("classification"), {"text": "text", "text_pair": "b", "label": "y"})
+    rows = [Row({"text": a, "b": b, "y": 0}, "f, line 2") for a, b in (("a", ""), ("", "b"))]
+    assert [(row.values["text"], row.values["text_pair"]) for row in pair.apply(rows)] == [("a", ""), ("", "b")]
+    with pytest.raises(SourceError, match="f, line 2 has two empty texts, expected a text"):
+        list(pair.apply([Row({"text": "", "b": " ", "y": 0}, "f, line 2")]))
+
+
+def test_turns_as_sharegpt_writes_them():
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    roles = Roles.find(task("chat"), Row({"conversations": turns}, "f, line 1"), {})
+    (row,) = roles.apply([Row({"conversations": turns}, "f, line 1")])
+    expected = [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert [(m["role"], m["content"]) for m in row.values["messages"]] == expected
+    for wrong in ({"from": "crowd", "value": "c"}, {"from": ["gpt"], "value": "c"}, {"from": "gpt"}):
+        with pytest.raises(SourceError, match="expected a role and a content, both texts"):
+            list(roles.apply([Row({"conversations": [*turns, wrong]}, "f, line 1")]))

@@ -106,3 +106,16 @@ def test_the_real_library_reads_local_files_as_it_would_the_hub(tmp_path, monkey
     from loftq.data.rows import _hub_rows
 
     assert [row.values for row in _hub_rows("owner/set", "train")] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_shards_of_a_split(tmp_path):
+    for number in (0, 1):
+        (tmp_path / f"train-0000{number}-of-00002.jsonl").write_text(f'{{"text": "{number}"}}\n')
+    assert texts(tmp_path) == ["0", "1"]
+    assert texts(tmp_path / "train-*.jsonl") == ["0", "1"]
+    assert list(read_rows(tmp_path))[1].where == f"{tmp_path / 'train-00001-of-00002.jsonl'}, line 1"
+    (tmp_path / "train-00001-of-00002.jsonl").unlink()
+    with pytest.raises(SourceError, match=r"lacks 1 of the files of which train-00000-of-00002\.jsonl is one"):
+        texts(tmp_path)
+    with pytest.raises(SourceError, match="does not exist, expected a file"):
+        texts(tmp_path / "other-*.jsonl")

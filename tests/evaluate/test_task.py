@@ -12,6 +12,7 @@ from loftq.data.labels import classification_examples
 from loftq.data.language import chat_examples, completion_examples
 from loftq.data.questions import question_examples
 from loftq.data.rows import Row
+from loftq.errors import SourceError
 from loftq.evaluate import task
 from loftq.evaluate.task import _prompt_ids, measure
 from tiny import tiny_model
@@ -125,3 +126,13 @@ def test_the_prompt_of_a_conversation_ends_before_its_last_answer():
     expected = tokenizer.apply_chat_template(messages[:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(_prompt_ids(found[0])) == expected
     assert np.array_equal(found[0].input_ids[: len(_prompt_ids(found[0]))], _prompt_ids(found[0]))
+
+
+def test_a_reference_without_a_number_is_said_before_anything_is_written(monkeypatch):
+    rows = [Row({"prompt": "1+1=", "completion": c}, f"f, line {i}") for i, c in enumerate(("2", "two"), 1)]
+    monkeypatch.setattr(task, "generate_texts", lambda *given, **options: pytest.fail("too late"))
+    found = completion_examples(rows, letters(), 20)
+    with pytest.raises(
+        SourceError, match="f, line 2: the reference 'two' has no number after ####, expected one; repair"
+    ):
+        measure(tiny_model("llama"), letters(), found, ["perplexity", "gsm8k"])

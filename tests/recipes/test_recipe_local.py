@@ -68,6 +68,11 @@ def test_names_of_the_validation_split(tmp_path, name):
     assert found(SST2, tmp_path)["validation"][0] == f"{name}.tsv"
 
 
+def test_an_ending_in_capitals(tmp_path):
+    fill(tmp_path, train_TSV=TSV, dev_tsv=TSV)
+    assert found(SST2, tmp_path)["train"][0] == "train.TSV"
+
+
 def test_the_first_name_counts(tmp_path):
     fill(tmp_path, train_tsv=TSV, val_tsv=TSV, dev_tsv=TSV)
     assert found(SST2, tmp_path)["validation"][0] == "dev.tsv"
@@ -134,7 +139,7 @@ def test_refusals(tmp_path):
     assert find_local(recipe, tmp_path, {"train": Path("train.tsv")})["train"].file == tmp_path / "train.tsv"
     with pytest.raises(SourceError, match=r"gone\.tsv cannot be read"):
         find_local(recipe, tmp_path, {"train": Path("gone.tsv")})
-    with pytest.raises(SourceError, match=r"ends in '.xml', expected .jsonl, .json, .csv"):
+    with pytest.raises(SourceError, match=r"ends in '.xml', expected .jsonl, .ndjson, .json, .csv"):
         find_local(recipe, fill(tmp_path, a_xml="<a/>"), {"train": Path("a.xml")})
 
 
@@ -154,14 +159,20 @@ def test_columns_of_every_kind(tmp_path):
         t_jsonl='\n{"a": 1, "b": 2}\n',
         t_json='[{"a": 1, "b": 2}]',
         u_json='{"data": [{"a": 1, "b": 2}]}',
-        squad_json='{"data": [{"title": "t", "paragraphs": []}]}',
+        lmflow_json='{"type": "text2text", "instances": [{"input": "1", "output": "2"}]}',
+        squad_json='{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": "q", "answers": []}]}]}]}',
+        bom_JSONL='\ufeff{"a": 1, "b": 2}\n',
+        n_ndjson='{"a": 1, "b": 2}\n',
+        bom_tsv='\ufeffa\t"b\n',
         t_csv='a,"b"\n1,2\n',
         t_tsv='a\t"b\n',
         t_txt="words",
     )
-    for name in ("t.parquet", "t.jsonl", "t.json", "u.json"):
+    for name in ("t.parquet", "t.jsonl", "t.json", "u.json", "bom.JSONL", "n.ndjson"):
         assert columns_of(tmp_path / name) == (("a", "b"), True), name
     assert columns_of(tmp_path / "squad.json") == (("id", "context", "question", "answers"), True)
+    assert columns_of(tmp_path / "lmflow.json") == (("prompt", "completion"), True)
+    assert columns_of(tmp_path / "bom.tsv") == (("a", '"b'), False)
     assert columns_of(tmp_path / "t.csv") == (("a", "b"), False)
     assert columns_of(tmp_path / "t.tsv") == (("a", '"b'), False)  # a quotation mark is a character in a TSV
     assert columns_of(tmp_path / "t.txt") == (("text",), True)
@@ -170,14 +181,17 @@ def test_columns_of_every_kind(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("bad_jsonl", "{", "cannot be read"),
-        ("bad_jsonl", "", "cannot be read"),
-        ("bad_jsonl", "[1]", "an example is a list, not an object"),
-        ("bad_json", "[]", "it holds no list of examples"),
-        ("bad_json", '{"rows": []}', "it holds no list of examples"),
-        ("bad_json", "[1]", "an example is a int, not an object"),
-        ("bad_parquet", "no parquet", "cannot be read"),
-        ("bad_txt", "", "it is empty"),
+        ("bad_jsonl", "{", "line 1 is no JSON"),
+        ("bad_jsonl", "", "holds no example"),
+        ("bad_jsonl", "{}", "holds no example"),
+        ("bad_jsonl", "[1]", "line 1 is a list, expected a JSON object"),
+        ("bad_json", "[]", "holds no example"),
+        ("bad_json", "[" * 100_000, "is no JSON that can be read"),
+        ("bad_json", '{"rows": []}', "holds an object with rows, expected a list of objects"),
+        ("bad_json", "[1]", "line 1 is a number, expected a JSON object"),
+        ("bad_csv", "", "holds no example"),
+        ("bad_parquet", "no parquet", "is no readable Parquet file"),
+        ("bad_txt", "", "holds no example"),
     ],
 )
 def test_damaged_files(tmp_path, name, text, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-import loftq
+import loftq.data.rows
 from letters import letters
 from loftq.errors import ConfigError, OutputError, SourceError
 from loftq.recipes import load_recipe, reproduce
@@ -20,6 +20,14 @@ from loftq.recipes.reproduce import RESULTS, measurements, run_step
 from loftq.recipes.steps import EVALUATE, QUANTIZE, Options, plan_steps
 
 RECIPE = "glue/mnli-nf2-r16"
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch) -> list[dict]:
+    """Rows that the hub has for every data set; no test goes there."""
+    rows = [{"premise": "a", "hypothesis": "b", "label": 1}, {"premise": "a", "hypothesis": "", "label": 2}]
+    monkeypatch.setattr(loftq.data.rows, "hub_rows", lambda *name, **what: iter(rows))
+    return rows
 
 
 class Engine:
@@ -162,6 +170,17 @@ def test_rows_to_measure_on_are_checked_before_the_first_step(tmp_path, rows, me
     with pytest.raises(SourceError, match=message):
         next(reproduce.reproduce(recipe, options, run=lambda *step: pytest.fail("a step was run")))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_the_hub_are_looked_at_before_the_first_step(tmp_path, hub):
+    run(tmp_path / "done", Engine(), methods=("loftq",))
+    hub[0] = {"question": "a", "label": 1}
+    with pytest.raises(SourceError, match="row 0 has no column 'premise', it has question, label"):
+        run(tmp_path / "out", Engine(), methods=("loftq",))
+    assert not (tmp_path / "out").exists()
+    assert not any(fresh for _, fresh in run(tmp_path / "done", Engine(), methods=("loftq",)))
+    hub[:] = [{"premise": "a", "hypothesis": "b", "label": 1}] * reproduce.HUB_ROWS + [{}]
+    run(tmp_path / "out", Engine(), methods=("loftq",))
 
 
 def test_the_file_is_readable(tmp_path):

@@ -82,6 +82,7 @@ def test_order_and_folders():
             "map": {"premise": "text", "hypothesis": "text_pair", "label": "label"},
             "labels": ["entailment", "neutral", "contradiction"],
             "max_length": 128,
+            "join_rows": False,
             "prompt_template": "{prompt}",
             "limit": None,
         },
@@ -235,3 +236,10 @@ def test_train_commands_mean_what_the_steps_do(name, monkeypatch):
         expected = step.arguments
         settings = TrainSettings.from_dict(expected["settings"])
         assert given.value.args == (expected["out"], settings, expected["init_from"] or "", expected["model"])
+
+
+def test_the_lines_of_a_text_are_joined():
+    found = steps("wikitext2/llama2-7b-nf2-r64", methods=("loftq",))
+    assert [step.kind for step in found if "--join-rows" in step.command] == [TRAIN, EVALUATE]
+    with pytest.raises(ConfigError, match="join_rows is 1, expected true or false"):
+        load_recipe("wikitext2/llama2-7b-nf2-r64", ["data.join_rows=1"])

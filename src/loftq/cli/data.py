@@ -29,6 +29,7 @@ def check(
     max_target_length: options.MaxTargetLength = 128,
     doc_stride: options.DocStride = None,
     packing: options.Packing = None,
+    join_rows: options.JoinRows = False,
     prompt_template: options.PromptTemplate = "{prompt}",
     limit: options.Limit = None,
     show: Annotated[int, typer.Option(help="Examples to show token by token.")] = 3,
@@ -47,6 +48,7 @@ def check(
         max_target_length=max_target_length,
         doc_stride=doc_stride,
         packing=packing,
+        join_rows=join_rows,
         prompt_template=prompt_template,
         limit=limit,
     )

@@ -36,6 +36,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Score only the text's first tokens.")] = None,
     max_length: options.MaxLength = None,
     doc_stride: options.DocStride = None,
+    join_rows: options.JoinRows = False,
     prompt_template: Annotated[
         str | None, typer.Option(help="What a prompt is put into.", show_default="{prompt}")
     ] = None,
@@ -78,6 +79,7 @@ def evaluate(
             "labels": parse.names("--labels", labels),
             "max_length": max_length,
             "doc_stride": doc_stride,
+            "join_rows": join_rows or None,
             "prompt_template": prompt_template,
             "limit": limit,
         }

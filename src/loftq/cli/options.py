@@ -82,6 +82,10 @@ Packing = Annotated[
     bool | None,
     typer.Option("--packing/--no-packing", help="Several texts to a window.", show_default="causal only"),
 ]
+JoinRows = Annotated[
+    bool,
+    typer.Option("--join-rows", help="Rows of running text are lines of one text: no token between them ends one."),
+]
 PromptTemplate = Annotated[str, typer.Option(help="What a prompt is put into.")]
 
 # training

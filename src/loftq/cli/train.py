@@ -50,6 +50,7 @@ def train(
     max_target_length: options.MaxTargetLength = 128,
     doc_stride: options.DocStride = None,
     packing: options.Packing = None,
+    join_rows: options.JoinRows = False,
     prompt_template: options.PromptTemplate = "{prompt}",
     limit: options.Limit = None,
     eval_limit: options.EvalLimit = None,
@@ -88,6 +89,7 @@ def train(
         max_target_length=max_target_length,
         doc_stride=doc_stride,
         packing=packing,
+        join_rows=join_rows,
         prompt_template=prompt_template,
         limit=limit,
     )

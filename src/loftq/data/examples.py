@@ -44,6 +44,8 @@ class Examples:
     Attributes:
         rows: how many were read. cut, first_cut: rows longer than ``max_length``, and where the first is.
         dropped, first_dropped: rows that had nothing left to predict once they were cut.
+        empty, first_empty: rows without a text.
+        incomplete: places of lines that lack fields, where a known file has such.
     """
 
     task: str
@@ -54,6 +56,9 @@ class Examples:
     first_cut: str = ""
     dropped: int = 0
     first_dropped: str = ""
+    empty: int = 0
+    first_empty: str = ""
+    incomplete: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -80,12 +85,23 @@ class Examples:
         self.dropped += 1
         self.rows += 1
 
+    def was_empty(self, where: str) -> None:
+        """Note that a row has no text."""
+        self.first_empty = self.first_empty or where
+        self.empty += 1
+        self.rows += 1
+
     def checked(self, name: str) -> Examples:
         """These examples, if there are any.
 
         Raises:
-            SourceError: every row was longer than the model may see.
+            SourceError: every row was empty, or longer than the model may see.
         """
+        if not self.items and self.empty == self.rows:
+            raise SourceError(
+                f"all {self.rows} rows of {name} are empty (first: {self.first_empty}), expected texts; is it the right "
+                f"column?"
+            )
         if not self.items:
             raise SourceError(
                 f"none of the {self.rows} rows of {name} leaves anything to predict within {self.max_length} tokens "
@@ -96,6 +112,13 @@ class Examples:
     def notes(self) -> list[str]:
         """One sentence for each thing that happened to rows."""
         found = []
+        if self.incomplete:
+            found.append(
+                f"{len(self.incomplete):,} of {self.rows + len(self.incomplete):,} lines have fewer fields than the header, as "
+                f"in GLUE's own file of QQP, and were left out, first {self.incomplete[0]}"
+            )
+        if self.empty:
+            found.append(f"{self.empty:,} of {self.rows:,} rows are empty and were left out, first {self.first_empty}")
         if self.cut:
             found.append(
                 f"{self.cut:,} of {self.rows:,} rows are longer than {self.max_length} tokens and were cut, first "

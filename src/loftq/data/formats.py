@@ -16,10 +16,14 @@ from loftq.errors import SourceError, first_line
 from loftq.optional import optional_module
 
 Found = tuple[dict[str, Any], str]
+LeftOut = Callable[[str], None]
+"""Told the place of a line that is left out."""
+# GLUE's own train.tsv has lines of fewer fields, which everybody who reads it leaves out, the hub's copy too
+_QQP = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
 _LIMIT = 2**31 - 1  # of a CSV field; the csv module's own is 128 kB, less than an article
 
-Reader = Callable[[Path, bool], Iterator[Found]]
-"""Takes the file, and whether a table has no header, so that its columns are called 0, 1, …"""
+Reader = Callable[[Path, bool, LeftOut], Iterator[Found]]
+"""Takes the file, whether a table has no header, so that its columns are called 0, 1, …, and whom to tell of lines left out."""
 
 
 def reader_for(path: Path) -> Reader:
@@ -28,33 +32,47 @@ def reader_for(path: Path) -> Reader:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line in file:
-                number += 1
-                yield line
+            yield from file
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8 near line {number + 1} ({error.reason}); convert it first") from None
+        raise SourceError(
+            f"{path}, line {_undecodable(path)} is not UTF-8 ({error.reason}); convert the file first"
+        ) from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
 
 
-def read_jsonl(path: Path, numbered: bool) -> Iterator[Found]:
+def _undecodable(path: Path) -> int:
+    """The first line with bytes that are not UTF-8; the decoder has read far ahead of the lines it gave."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return next(number for number, line in enumerate(file, 1) if any("\udc80" <= c <= "\udcff" for c in line))
+
+
+def read_jsonl(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Found]:
     """One JSON object a line; empty lines do not count."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{where} is no JSON ({error}); repair or remove it") from None
+            values = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise SourceError(
+                f"{where} is no JSON ({error.msg} at column {error.colno}); repair or remove it"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists in lists
+            raise SourceError(
+                f"{where} is no JSON that can be read ({first_line(error)}); repair or remove it"
+            ) from None
         yield _object(values, where), where
 
 
-def read_table(path: Path, numbered: bool) -> Iterator[Found]:
-    """CSV with quoted fields; TSV as GLUE writes it, where a quotation mark is a character like any other."""
+def read_table(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Found]:
+    """CSV with quoted fields; TSV as GLUE writes it, where a quotation mark is a character like any other.
+
+    A row is named by its first line; a quoted field may go over several.
+    """
     tabs = path.suffix.lower() == ".tsv"
     csv.field_size_limit(_LIMIT)
     reader = (
@@ -63,16 +81,20 @@ def read_table(path: Path, numbered: bool) -> Iterator[Found]:
         else csv.reader(_lines(path), strict=True)
     )
     header: list[str] | None = None
+    begin = 1
     try:
         for fields in reader:
+            where, begin = f"{path}, line {begin}", reader.line_num + 1
             if not fields:
                 continue
-            where = f"{path}, line {reader.line_num}"
             if header is None:
                 header = [str(i) for i in range(len(fields))] if numbered else fields
                 if not numbered:
                     _check_header(header, where)
                     continue
+            if len(fields) < len(header) and tabs and header == _QQP:
+                left_out(where)
+                continue
             if len(fields) != len(header):
                 raise SourceError(
                     f"{where} has {len(fields)} columns, expected {len(header)} as in the file's first line; repair or "
@@ -80,7 +102,7 @@ def read_table(path: Path, numbered: bool) -> Iterator[Found]:
                 )
             yield dict(zip(header, fields, strict=True)), where
     except csv.Error as error:
-        raise SourceError(f"{path}, line {reader.line_num} cannot be read ({error}); repair or remove it") from None
+        raise SourceError(f"{path}, line {begin} cannot be read ({error}); repair or remove it") from None
 
 
 def _check_header(header: list[str], where: str) -> None:
@@ -89,7 +111,7 @@ def _check_header(header: list[str], where: str) -> None:
         raise SourceError(f"{where} has the column {twice!r} twice, expected different names; rename one")
 
 
-def read_parquet(path: Path, numbered: bool) -> Iterator[Found]:
+def read_parquet(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Found]:
     """Parquet, a batch of rows at a time."""
     parquet = optional_module("pyarrow.parquet", str(path), "pyarrow", "train")
     number = 0
@@ -103,14 +125,14 @@ def read_parquet(path: Path, numbered: bool) -> Iterator[Found]:
         raise SourceError(f"{path} is no readable Parquet file ({first_line(error)}); write it again") from None
 
 
-def read_text(path: Path, numbered: bool) -> Iterator[Found]:
+def read_text(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Found]:
     """The whole file is one text."""
     text = "".join(_lines(path))
     if text.strip():
         yield {"text": text}, str(path)
 
 
-def read_json(path: Path, numbered: bool) -> Iterator[Found]:
+def read_json(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Found]:
     """A list of objects, LMFlow's format, or SQuAD's."""
     text = "".join(_lines(path))
     try:
@@ -127,7 +149,7 @@ def read_json(path: Path, numbered: bool) -> Iterator[Found]:
     elif isinstance(values, dict) and isinstance(values.get("data"), list):
         for entry, where in _items(path, text, values["data"], "data"):
             # a list of plain rows under "data" is common too
-            yield from _from_squad(path, entry, where) if "paragraphs" in entry else [(entry, where)]
+            yield from _from_squad(entry, where) if "paragraphs" in entry else [(entry, where)]
     elif isinstance(values, list):
         yield from _items(path, text, values, None)
     else:
@@ -190,7 +212,7 @@ def _from_lmflow(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any
     raise SourceError(f"{where} is of type {kind!r}, expected LMFlow's text_only, text2text or conversation")
 
 
-def _from_squad(path: Path, article: dict[str, Any], where: str) -> Iterator[Found]:
+def _from_squad(article: dict[str, Any], where: str) -> Iterator[Found]:
     try:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
@@ -205,7 +227,7 @@ def _from_squad(path: Path, article: dict[str, Any], where: str) -> Iterator[Fou
                             "answer_start": [a["answer_start"] for a in answers],
                         },
                     },
-                    f"{path}, question {question['id']}",
+                    f"{where}, question {question['id']}",
                 )
     except (KeyError, TypeError) as error:
         raise SourceError(f"{where} {_problem(error)} SQuAD's format; repair or remove it") from None
@@ -225,4 +247,4 @@ _READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-SUFFIXES = frozenset(_READERS)
+SUFFIXES = tuple(_READERS)

@@ -41,7 +41,9 @@ def label_names(rows: Iterable[Row]) -> list[str]:
 
 
 def class_name(value: Any, where: str) -> str:
-    """A label as the name of a class: ``1`` and ``1.0`` are the same class.
+    """A label as the name of a class: the numbers 1 and 1.0 and the text ``1`` are the same class.
+
+    The text ``1.0``, of a CSV file, is a name as it stands, for so may the version of a program be.
 
     Raises:
         SourceError: a number that is no integer, or GLUE's -1 for labels that are kept secret.
@@ -116,11 +118,13 @@ def regression_examples(rows: Iterable[Row], tokenizer: Any, max_length: int) ->
     for row in rows:
         try:
             value = float(row.values["label"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
+            shown = repr(row.values["label"])
             raise SourceError(
-                f"{row.where} has the label {row.values['label']!r}, expected a number; repair or remove it"
+                f"{row.where} has the label {shown if len(shown) <= 60 else shown[:57] + '…'}, expected a number that a float "
+                f"can hold; repair or remove it"
             )
         found.add([_example(row, tokenizer, found, value)])
     return found

@@ -45,13 +45,16 @@ def causal_examples(rows: Iterable[Row], tokenizer: Any, max_length: int, *, pac
 
     With ``packing`` the texts form one stream, separated by the end-of-text token, and are cut into windows of
     ``max_length`` tokens; the last window may be shorter. Without it a row is an example of its own, cut at
-    ``max_length``.
+    ``max_length``. Empty rows are left out.
     """
     found = Examples("causal", max_length)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    where, count = "", 0
+    where = ""
     for row in rows:
+        if not row.values["text"].strip():
+            found.was_empty(row.where)
+            continue
         ids = tokenizer(row.values["text"], verbose=False).input_ids
         # a tokenizer may end texts itself
         ids = ids if end and ids[-1:] == end else ids + end
@@ -63,7 +66,8 @@ def causal_examples(rows: Iterable[Row], tokenizer: Any, max_length: int, *, pac
                 found.was_cut(row.where)
             found.add([_example(ids[:max_length], ids[:max_length], row.where)])
             continue
-        where, count = where or row.where, count + 1
+        where = where or row.where
+        found.rows += 1
         stream += ids
         begin = 0
         while len(stream) - begin >= max_length:
@@ -72,10 +76,32 @@ def causal_examples(rows: Iterable[Row], tokenizer: Any, max_length: int, *, pac
             begin += max_length
             where = row.where if len(stream) > begin else ""
         del stream[:begin]  # once a row: a whole book may be one
-    if packing:
-        found.rows = count
-        if len(stream) > 1:
-            found.items.append(_example(stream, stream, where))
+    if len(stream) > 1:
+        found.items.append(_example(stream, stream, where))
+    return found
+
+
+def joined_examples(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Examples:
+    """Rows that are the lines or paragraphs of one text, with a blank line between them, in windows as running text.
+
+    It is the text that published perplexities of WikiText-2 are measured on (GPTQ, arXiv 2210.17323, and after it): empty
+    rows are part of it, and no row begins or ends with a token of its own.
+    """
+    found = Examples("causal", max_length)
+    texts = []
+    first = ""
+    for row in rows:
+        first = first or row.where
+        texts.append(row.values["text"])
+    found.rows = len(texts)
+    text = "\n\n".join(texts)
+    if not text.strip():
+        found.empty, found.first_empty = found.rows, first
+        return found
+    ids = tokenizer(text, verbose=False).input_ids
+    for begin in range(0, len(ids) - 1, max_length):
+        window = ids[begin : begin + max_length]
+        found.items.append(_example(window, window, f"rows joined from {first} on, token {begin}"))
     return found
 
 

@@ -11,8 +11,17 @@ from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
 from loftq.data.examples import Examples
+from loftq.data.formats import LeftOut
 from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
-from loftq.data.language import PROMPT, causal_examples, chat_examples, checked_template, completion_examples, pack
+from loftq.data.language import (
+    PROMPT,
+    causal_examples,
+    chat_examples,
+    checked_template,
+    completion_examples,
+    joined_examples,
+    pack,
+)
 from loftq.data.questions import question_examples
 from loftq.data.roles import Roles
 from loftq.data.rows import Row, read_rows
@@ -42,6 +51,8 @@ class DataSettings:
         max_target_length: tokens of a summary. doc_stride: tokens that neighbouring windows of a context share;
             ``None`` for 128, or a third of ``max_length`` if that is less.
         packing: several texts to a window. ``None``: for running text only.
+        join_rows: rows of running text are the lines or paragraphs of one text: a blank line is put between them, and no
+            end-of-text token.
         prompt_template: what a prompt (for summarization the text) is put into, with ``{prompt}`` in its place.
         limit: use the first rows only.
 
@@ -58,6 +69,7 @@ class DataSettings:
     max_target_length: int = 128
     doc_stride: int | None = None
     packing: bool | None = None
+    join_rows: bool = False
     prompt_template: str = PROMPT
     limit: int | None = None
 
@@ -88,6 +100,11 @@ class DataSettings:
             is_bool("packing", self.packing)
         if self.packing and not task(self.task).is_causal:
             raise ConfigError(f"packing is on, but the task {self.task} has one text an input; turn it off")
+        is_bool("join_rows", self.join_rows)
+        if self.join_rows and (self.task != "causal" or self.is_stored or self.packing is False):
+            raise ConfigError(
+                "join_rows is on, but makes one stream of the texts of the task causal, with packing; turn it off"
+            )
         checked_template(self.prompt_template)
 
     @property
@@ -144,14 +161,19 @@ def positions(config: Any | None, *, writing: bool = False) -> int | None:
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
 
 
-def rows_of(settings: DataSettings) -> Iterable[Row]:
+def rows_of(settings: DataSettings, left_out: LeftOut = lambda where: None) -> Iterable[Row]:
     """The rows of a data set by role, read as they are asked for.
+
+    Args:
+        left_out: told the place of each line that a known file is read without.
 
     Raises:
         SourceError, ConfigError: see :func:`loftq.data.rows.read_rows` and :class:`loftq.data.roles.Roles`.
     """
     numbered = bool(settings.map) and all(column.isdigit() for column in settings.map)
-    rows = iter(read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit))
+    rows = iter(
+        read_rows(settings.data, split=settings.split, numbered=numbered, limit=settings.limit, left_out=left_out)
+    )
     first = next(rows)
     roles = Roles.find(task(settings.task), first, settings.map)
     return roles.apply(itertools.chain([first], rows))
@@ -192,7 +214,8 @@ def prepare(
         )
     if settings.is_stored:
         return _stored(settings, length, config), None
-    rows = rows_of(settings)
+    incomplete: list[str] = []
+    rows = rows_of(settings, incomplete.append)
     if settings.task == "classification":
         labels = labels or settings.labels
         if not labels:
@@ -200,8 +223,10 @@ def prepare(
             labels = label_names(rows)
         known = "--labels" if settings.labels else "the training data"
         found = classification_examples(rows, tokenizer, length, labels, where_names=known)
+        found.incomplete = incomplete
         return found.checked(settings.data), list(labels)
     found = _builder(settings, tokenizer, length)(rows).checked(settings.data)
+    found.incomplete = incomplete
     if settings.packing and settings.task != "causal":
         found = pack(found)
     return found, None
@@ -234,7 +259,11 @@ def tokenizer_for(model: str, *settings: DataSettings | None) -> Any:
 def _builder(settings: DataSettings, tokenizer: Any, length: int) -> Callable[[Iterable[Row]], Examples]:
     template = settings.prompt_template
     builders: dict[str, Callable[[Iterable[Row]], Examples]] = {
-        "causal": lambda rows: causal_examples(rows, tokenizer, length, packing=settings.packing is not False),
+        "causal": lambda rows: (
+            joined_examples(rows, tokenizer, length)
+            if settings.join_rows
+            else causal_examples(rows, tokenizer, length, packing=settings.packing is not False)
+        ),
         "completion": lambda rows: completion_examples(rows, tokenizer, length, template=template),
         "chat": lambda rows: chat_examples(rows, tokenizer, length),
         "regression": lambda rows: regression_examples(rows, tokenizer, length),

@@ -41,6 +41,9 @@ class Roles:
             if column not in first.values:
                 raise SourceError(f"{first.where} has no column {column!r}, it has {_columns(first)}; correct --map")
             chosen[role] = column
+        pair = task.together
+        if not set(pair) & set(chosen) and "prompt" not in first.values and not set(pair.values()) & set(mapping):
+            chosen |= pair if set(pair.values()) <= set(first.values) else {}
         for role in known:
             taken = {*chosen.values(), *mapping}
             guesses = [c for c in task.candidates(role) if c in first.values and c not in taken]
@@ -50,7 +53,7 @@ class Roles:
         if missing and task.instead and all(role in chosen for role in task.instead):
             missing = []
         elif task.instead and not missing:
-            chosen = {role: column for role, column in chosen.items() if role not in task.instead}
+            chosen = {role: column for role, column in chosen.items() if role in task.roles}
         if missing:
             raise SourceError(
                 f"{first.where} has the columns {_columns(first)}, but none is known as {missing[0]} of the task "
@@ -59,19 +62,29 @@ class Roles:
         return cls(task, chosen)
 
     def apply(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """Rows whose values go by role, checked.
+        """Rows whose values go by role, checked; an input that is not empty follows its prompt after a blank line.
 
         Raises:
             SourceError: a row lacks a column or holds something of another kind.
         """
+        pair = "text_pair" in self.columns
+        may_be_empty = ("text", "text_pair") if pair else self.task.may_be_empty
         for row in rows:
-            values = {}
+            values: dict[str, Any] = {}
             for role, column in self.columns.items():
                 if column not in row.values:
                     raise SourceError(
                         f"{row.where} has no column {column!r}, it has {_columns(row)}; repair or remove it"
                     )
-                values[role] = _CHECKS[role](row.values[column], f"{row.where}: {column}")
+                where = f"{row.where}: {column}"
+                values[role] = _CHECKS[role](row.values[column], where)
+                if _CHECKS[role] is _text and not values[role].strip() and role not in may_be_empty:
+                    raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
+            if pair and not (values["text"] + values["text_pair"]).strip():
+                raise SourceError(f"{row.where} has two empty texts, expected a text; fill one in or remove the row")
+            extra = values.pop("input", "")
+            if extra.strip():
+                values["prompt"] += f"\n\n{extra}"
             yield Row(values, row.where)
 
 
@@ -82,8 +95,6 @@ def _columns(row: Row) -> str:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise SourceError(f"{where} is {_shown(value)}, expected a text; repair or remove the row")
-    if not value.strip():
-        raise SourceError(f"{where} is empty, expected a text; fill it in or remove the row")
     return _encodable(value, where)
 
 
@@ -113,6 +124,7 @@ def _label(value: Any, where: str) -> str | int | float:
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise SourceError(f"{where} is {_shown(value)}, expected a list of messages; repair or remove the row")
+    value = [_from_sharegpt(message) for message in value]
     for message in value:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise SourceError(
@@ -123,6 +135,16 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not any(message["role"] == "assistant" for message in value):
         raise SourceError(f"{where} has no message of the assistant, and so nothing to learn; remove the row")
     return value
+
+
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def _from_sharegpt(message: Any) -> Any:
+    """A turn that says who speaks by ``from`` and what by ``value``; any other message as it is."""
+    if not isinstance(message, dict) or "role" in message or str(message.get("from")) not in _SPEAKERS:
+        return message
+    return {"role": _SPEAKERS[message["from"]], "content": message.get("value")}
 
 
 def _answers(value: Any, where: str) -> dict[str, list[Any]]:
@@ -158,6 +180,7 @@ _CHECKS = {
     "text": _text,
     "text_pair": _text,
     "prompt": _text,
+    "input": _text,
     "completion": _text,
     "summary": _text,
     "context": _text,

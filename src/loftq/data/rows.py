@@ -1,22 +1,25 @@
 """Rows of a data set, each with the place it comes from, so that whatever is wrong with one can be found.
 
-A data set is a file, a folder with one file a split (``train.jsonl``, ``validation.tsv``), or a data set of the hub as
-``ID`` or ``ID:CONFIG``.
+A data set is a file, several by a name with ``*``, a folder with one file a split (``train.jsonl``, ``validation.tsv``) or
+its shards (``train-00000-of-00002.parquet``), or a data set of the hub as ``ID`` or ``ID:CONFIG``.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loftq.data.formats import SUFFIXES, reader_for
+from loftq.data.formats import SUFFIXES, LeftOut, reader_for
 from loftq.data.hub import could_be_hub_name, hub_rows
 from loftq.errors import SourceError
 
+# as `train-00000-of-00002.parquet`: one file of a split
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)(\.\w+)")
 # names under which people keep the same split
 _SPLITS = {
     "validation": ("validation", "dev", "val", "valid"),
@@ -34,28 +37,33 @@ class Row:
 
 
 def read_rows(
-    name: str | Path, *, split: str = "train", numbered: bool = False, limit: int | None = None
+    name: str | Path,
+    *,
+    split: str = "train",
+    numbered: bool = False,
+    limit: int | None = None,
+    left_out: LeftOut = lambda where: None,
 ) -> Iterator[Row]:
     """The rows of a data set, one at a time.
 
     Args:
-        name: file, folder, or hub data set.
+        name: file, or several by a name with ``*``, folder, or hub data set.
         split: of a folder or a hub data set; a file is one split.
         numbered: columns of a CSV or TSV file are called ``0``, ``1``, … because it has no header.
         limit: stop after so many rows.
+        left_out: told the place of each line of GLUE's QQP file that lacks fields and is left out.
 
     Raises:
         SourceError: no such data set, an unreadable one, or one without rows; the message names file and line.
     """
     path = Path(os.path.expanduser(name))
     try:
-        if path.is_dir():
-            path = _file_of(path, split)
+        files = _files_of(path, split) if path.is_dir() else [path] if path.is_file() else _matching(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
     found: Iterator[Row]
-    if path.is_file():
-        found = (Row(values, where) for values, where in reader_for(path)(path, numbered))
+    if files:
+        found = (Row(*row) for file in files for row in reader_for(file)(file, numbered, left_out))
     elif could_be_hub_name(str(name)):
         found = _hub_rows(str(name), split)
     else:
@@ -65,10 +73,16 @@ def read_rows(
         count += 1
         yield row
     if count == 0:
-        raise SourceError(f"{path if path.exists() else name} has no rows, expected at least one")
+        raise SourceError(f"{', '.join(map(str, files)) or name} has no rows, expected at least one")
 
 
-def _file_of(folder: Path, split: str) -> Path:
+def _matching(pattern: Path) -> list[Path]:
+    """The files that a name with ``*`` stands for, by name."""
+    return sorted(f for f in pattern.parent.glob(pattern.name) if f.is_file()) if "*" in pattern.name else []
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The file of a split, or all its shards."""
     names = _SPLITS.get(split, (split,))
     found = [f for n in names for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.stem == n]
     if not found:
@@ -79,11 +93,17 @@ def _file_of(folder: Path, split: str) -> Path:
         raise SourceError(
             f"{folder} has no file for the split {split!r}, expected {split}.jsonl or the like; it has {here}"
         )
+    shards = [_SHARD.fullmatch(f.name) for f in found]
+    if all(shards) and len({(m[1], m[3]) for m in shards if m}) == 1:
+        missing = int(shards[0][2]) - len(found) if shards[0] else 0
+        if missing:
+            raise SourceError(f"{folder} lacks {missing} of the files of which {found[0].name} is one; complete them")
+        return found
     if len(found) > 1 and found[0].stem not in names:
         raise SourceError(
             f"{folder} has {found[0].name} and {found[1].name} for the split {split!r}, expected one; name the file itself"
         )
-    return found[0]
+    return found[:1]
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:

@@ -16,8 +16,10 @@ class Task:
         name: as ``--task`` spells it.
         roles: what a row must provide. optional: what it may provide. instead: what will do in place of ``roles``.
         model: the ``AutoModelFor…`` class of transformers.
-        columns: role -> column names that are taken for it where no ``--map`` says otherwise, best first.
         metrics: what is measured where no metric is named.
+        may_be_empty: texts that a row may leave empty. Of a pair, either may be, as in QQP.
+        columns: role -> column names that are taken for it where no ``--map`` says otherwise, best first.
+        together: role -> column of a pair of columns that is taken before any other name, where a row has both.
     """
 
     name: str
@@ -26,7 +28,9 @@ class Task:
     metrics: tuple[str, ...]
     optional: tuple[str, ...] = ()
     instead: tuple[str, ...] = ()
+    may_be_empty: tuple[str, ...] = ()
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    together: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_causal(self) -> bool:
@@ -35,25 +39,47 @@ class Task:
 
     def candidates(self, role: str) -> tuple[str, ...]:
         """Column names that may stand for a role, best first."""
+        if role in self.together and role in self.optional:
+            return ()  # it means nothing without its partner
         return (role, *(name for name in self.columns.get(role, ()) if name != role))
 
 
 _FIRST = ("sentence1", "question1", "premise", "question", "sentence")
 _PAIR = {"prompt": ("input", "question", "instruction"), "completion": ("output", "answer", "response")}
+_ALPACA = {"prompt": "instruction", "input": "input"}  # the input belongs to the instruction and is often empty
 _SECOND = ("sentence2", "question2", "hypothesis", "sentence")
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("causal", ("text",), "AutoModelForCausalLM", ("perplexity",), columns={"text": ("content", "document")}),
-        Task("completion", ("prompt", "completion"), "AutoModelForCausalLM", ("perplexity",), columns=_PAIR),
+        Task(
+            "causal",
+            ("text",),
+            "AutoModelForCausalLM",
+            ("perplexity",),
+            may_be_empty=("text",),
+            columns={"text": ("content", "document")},
+        ),
+        Task(
+            "completion",
+            ("prompt", "completion"),
+            "AutoModelForCausalLM",
+            ("perplexity",),
+            optional=("input",),
+            may_be_empty=("input",),
+            columns=_PAIR,
+            together=_ALPACA,
+        ),
         Task(
             "chat",
             ("messages",),
             "AutoModelForCausalLM",
             ("perplexity",),
             instead=("prompt", "completion"),
+            optional=("input",),
+            may_be_empty=("input",),
             columns={"messages": ("conversation", "conversations"), **_PAIR},
+            together=_ALPACA,
         ),
         Task(
             "classification",

@@ -15,7 +15,7 @@ from loftq.config import one_of
 from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import IGNORED, Example, Examples
 from loftq.data.tasks import task
-from loftq.errors import ConfigError
+from loftq.errors import ConfigError, SourceError
 from loftq.evaluate import gsm8k
 from loftq.evaluate.generation import generate_texts
 from loftq.evaluate.head import chunks, losses, parts_of
@@ -94,7 +94,7 @@ def measure(
         advance: called with what is done and how many examples of it.
 
     Raises:
-        ConfigError: a metric that the task does not know.
+        ConfigError: a metric that the task does not know. SourceError: a reference that a metric has no use for.
     """
     metrics = check_metrics(examples.task, metrics)
     if examples.task == "summarization":
@@ -232,6 +232,8 @@ class _Run:
         ]
 
     def language(self) -> Measurement:
+        if set(self.metrics) & set(_EXTRACT):
+            _check_numbers(self.examples)
         found: dict[str, float | None] = {}
         rows: list[Prediction] = []
         if set(self.metrics) & {"perplexity", "loss"}:
@@ -279,6 +281,15 @@ class _Run:
 
 
 _EXTRACT = {"gsm8k": gsm8k.answer_number, "gsm8k_published": gsm8k.published_number}
+
+
+def _check_numbers(examples: Examples) -> None:
+    """A reference without a number is said by its place, before hours of writing answers."""
+    for example in examples:
+        try:
+            gsm8k.reference_number(example.about["reference"])
+        except SourceError as error:
+            raise SourceError(f"{example.where}: {error}; repair or remove the row") from None
 
 
 def _prompt_ids(example: Example) -> list[int]:

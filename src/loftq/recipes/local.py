@@ -8,19 +8,17 @@ of the recipe's ``local_maps`` says.
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from loftq.data.formats import SUFFIXES, reader_for
 from loftq.errors import ConfigError, SourceError
-from loftq.optional import optional_module
 from loftq.recipes.recipe import Data, Recipe
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".raw")
-_PLAIN = (".txt", ".raw", ".tokens")
+ENDINGS = (*SUFFIXES, ".raw", ".tokens")
+"""Of the files that are read, small or capital; WikiText's own text is in the last two."""
+_TABLES = (".csv", ".tsv")
 _ALIASES = ("validation", "dev", "valid", "val")  # GLUE calls its validation split dev
 _OPTIONAL_ROLES = {"id"}
 
@@ -80,8 +78,9 @@ def find_local(recipe: Recipe, folder: Path, chosen: Mapping[str, Path] | None =
 def _find(data: Data, folder: Path, name: str, split: str) -> Path:
     """The file of a split; the first name that exists counts."""
     stems = [name] if name == "train" else list(dict.fromkeys(s for n in (split, name) for s in _spellings(n)))
+    here = sorted(f for f in folder.iterdir() if f.is_file())
     for stem in stems:
-        files = [folder / f"{stem}{ending}" for ending in ENDINGS if (folder / f"{stem}{ending}").is_file()]
+        files = [f for f in here if f.stem == stem and f.suffix.lower() in ENDINGS]
         if files:
             return _only(files, folder, name)
     for pattern in data.local.get(split, ()):
@@ -129,57 +128,12 @@ def columns_of(file: Path) -> tuple[tuple[str, ...], bool]:
     Raises:
         SourceError: if the file cannot be read, is empty, or of a kind that is not known.
     """
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet}
-    if file.suffix in _PLAIN:
-        return (_text(file), True)
-    if file.suffix not in readers:
-        raise SourceError(f"{file} ends in {file.suffix!r}, expected {', '.join((*readers, *_PLAIN))}; convert it")
-    try:
-        columns = tuple(readers[file.suffix](file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise SourceError(f"{file} cannot be read ({error}); expected a {file.suffix[1:]} file of examples") from None
-    return columns, readers[file.suffix] is not _delimited
-
-
-def _text(file: Path) -> tuple[str, ...]:
-    try:
-        if file.stat().st_size == 0:
-            raise OSError("it is empty")
-    except OSError as error:
-        raise SourceError(f"{file} cannot be read ({error}); expected text") from None
-    return ("text",)
-
-
-def _jsonl(file: Path) -> Iterable[str]:
-    with file.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), "")
-    return _record(json.loads(first))
-
-
-def _json(file: Path) -> Iterable[str]:
-    """A list of objects, alone or under ``data``; or SQuAD's articles with paragraphs, whose columns are those on the hub."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows:
-        raise ValueError("it holds no list of examples")
-    if isinstance(rows[0], dict) and "paragraphs" in rows[0]:
-        return ("id", "context", "question", "answers")
-    return _record(rows[0])
-
-
-def _record(row: Any) -> Iterable[str]:
-    if not isinstance(row, dict):
-        raise ValueError(f"an example is a {type(row).__name__}, not an object")
-    return tuple(row)
-
-
-def _delimited(file: Path) -> Iterable[str]:
-    """The cells of the first line."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        if file.suffix == ".tsv":  # a quotation mark is a character like any other there
-            return next(lines, "").rstrip("\r\n").split("\t")
-        return tuple(next(csv.reader(lines), ()))
-
-
-def _parquet(file: Path) -> Iterable[str]:
-    return optional_module("pyarrow.parquet", str(file), "pyarrow", "train").read_schema(file).names
+    suffix = file.suffix.lower()
+    if suffix not in ENDINGS:
+        raise SourceError(f"{file} ends in {file.suffix!r}, expected {', '.join(ENDINGS)}; convert it")
+    is_table = suffix in _TABLES
+    # a table as if it had no header: the first line's cells are its values
+    first, _ = next(reader_for(file)(file, is_table, lambda where: None), ({}, ""))
+    if not first:
+        raise SourceError(f"{file} holds no example, expected at least one; is it the right file?")
+    return tuple(map(str, first.values() if is_table else first)), not is_table

@@ -34,6 +34,7 @@ class Data:
         map: column -> role.
         labels: names of the classes in the order of their numbers.
         prompt_template: what a prompt is put into, with ``{prompt}`` in its place.
+        join_rows: rows are the lines of one text, as :class:`loftq.data.prepare.DataSettings` has it.
         local: split -> names or patterns of its file in a local folder, beside the usual ones; see :mod:`loftq.recipes.local`.
         local_maps: further maps that a local file's columns may fit; a column of a file without a header is its number,
             counted from 0, as text.
@@ -46,6 +47,7 @@ class Data:
     config: str | None = None
     labels: tuple[str, ...] = ()
     prompt_template: str = PROMPT
+    join_rows: bool = False
     local: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     local_maps: tuple[Mapping[str, str], ...] = ()
 
@@ -184,6 +186,7 @@ def _data(where: str, values: Mapping[str, Any]) -> Data:
         config=read.optional(read.text, where, "config", values.get("config")),
         labels=read.texts(where, "labels", values.get("labels") or []),
         prompt_template=checked_template(read.text(where, "prompt_template", values.get("prompt_template", PROMPT))),
+        join_rows=read.flag(where, "join_rows", values.get("join_rows", False)),
         local={str(k): read.texts(where, f"local.{k}", v, empty=False) for k, v in local.items()},
         local_maps=tuple(read.text_mapping(where, "local_maps", m, empty=False) for m in maps),
     )

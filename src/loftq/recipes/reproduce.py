@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from loftq.recipes.recipe import Recipe
 from loftq.recipes.steps import EVALUATE, QUANTIZE, TRAIN, Options, Step, plan_steps
 
 RESULTS = "reproduce.json"
+HUB_ROWS = 1000
+"""Rows of a data set of the hub that are looked at before the first step."""
 
 Runner = Callable[[Step, bool], Mapping[str, Any]]
 
@@ -69,17 +71,13 @@ def reproduce(
 
     Raises:
         ConfigError: see :func:`loftq.recipes.steps.plan_steps`. OutputError: the folder holds something else.
+        SourceError: data that cannot be read, or a row that does not fit.
     """
     steps = plan_steps(recipe, options)
     for step in steps:  # what training would refuse is said before hours of quantization
         if step.kind == TRAIN:
             TrainSettings.from_dict(step.arguments["settings"])
-    # and what a measurement would refuse, before hours of training
-    given = [step.arguments["data"] for step in steps if step.kind == EVALUATE]
-    given += [step.arguments["settings"]["data"] for step in steps if step.kind == TRAIN]
-    for data in {json.dumps(data): data for data in given}.values():
-        if Path(data["data"]).is_file():
-            check_rows(DataSettings.from_dict({**data, "packing": None}))
+    _check_data([step for step in steps if step.name not in _finished(options.out)])
     state = _State(options.out, recipe, options)
     for step in steps:
         if step.name in state.done:
@@ -87,6 +85,24 @@ def reproduce(
             continue
         state.finish(step, run(step, progress))
         yield step, True
+
+
+def _check_data(steps: Sequence[Step]) -> None:
+    """What a training or a measurement would refuse is said before hours of quantization.
+
+    Of the hub's rows the first ones are read, for they are read over the network each time.
+    """
+    given = [step.arguments["data"] for step in steps if step.kind == EVALUATE]
+    given += [step.arguments["settings"]["data"] for step in steps if step.kind == TRAIN]
+    for data in {json.dumps(data): data for data in given}.values():
+        settings = DataSettings.from_dict(data)
+        if not Path(settings.data).exists():
+            settings = settings.replace(limit=min(settings.limit or HUB_ROWS, HUB_ROWS))
+        check_rows(settings)
+
+
+def _finished(folder: Path) -> list[str]:
+    return read_json(folder / RESULTS).get("done", []) if (folder / RESULTS).exists() else []
 
 
 def measurements(out: Path) -> list[Measurement]:

@@ -163,6 +163,7 @@ def _data(recipe: Recipe, options: Options, evaluation: str | None) -> dict[str,
         "map": dict(local.map if local else data.map),
         "labels": list(data.labels) if recipe.task == "classification" else [],
         "max_length": recipe.training.max_length,
+        "join_rows": data.join_rows,
         "prompt_template": data.prompt_template,
         "limit": options.limit,
     }

@@ -25,16 +25,18 @@ def print_example(where: str, tokens: Sequence[Shown], label: str | None) -> Non
 
 
 def marked(tokens: Sequence[Shown]) -> Text:
-    """The tokens as text, runs of learned ones in ⟦ ⟧."""
+    """The tokens as text with ``·`` between them, runs of learned ones in ⟦ ⟧."""
     if len(tokens) > _LONGEST:
         half = _LONGEST // 2
         gap = Shown(-1, f" … {len(tokens) - 2 * half} tokens … ", False)
         tokens = [*tokens[:half], gap, *tokens[-half:]]
     text, inside = Text(), False
-    for token in tokens:
+    for number, token in enumerate(tokens):
         if token.learned != inside:
             text.append("⟦" if token.learned else "⟧")
             inside = token.learned
+        elif number:
+            text.append("·", style="dim")
         text.append(token.text, style="green" if inside else "")
     if inside:
         text.append("⟧")
