@@ -28,10 +28,12 @@ from loftq.finetune.load import load_run
 from loftq.finetune.run import train
 from loftq.finetune.settings import TrainSettings
 from loftq.hub.adapter import know_experts
+from loftq.hub.load import with_adapter
 from loftq.modules import QuantExperts
 from loftq.modules.experts import fused_experts
 from loftq.plan.errors import grid, measure_checkpoint
 from loftq.refine import RefineSettings, refine
+from loftq.report.memory.training import TrainingSetup, build_model
 from loftq.report.record import QuantizationReport
 from loftq.solver.importance import InputStatistics
 from tiny import BESIDE_DENSE, densify, first_output, inputs_for, tiny_model
@@ -454,6 +456,53 @@ def test_the_same_adapter_on_a_dense_model(tmp_path):
     only_q = densify(tiny_model("deepseek-v3"), packed)
     adapted = PeftModel.from_pretrained(only_q, folder, subfolder="loftq_init")
     assert (first_output(adapted, "deepseek-v3") - expected).abs().max() < 1e-4
+
+
+WITHOUT_EXPERTS = CONFIG.replace(exclude_modules=r".*\.experts\..*")
+FEED_FORWARD = WITHOUT_EXPERTS.replace(target_modules=("gate_proj", "up_proj", "down_proj"))
+
+
+def adapted_modules(model: PeftModel) -> set[str]:
+    return {n for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+
+
+@pytest.mark.parametrize(("name", "config"), [("deepseek-v3", FEED_FORWARD), ("glm4-moe", WITHOUT_EXPERTS)])
+def test_an_adapter_of_dense_layers_alone_on_a_dense_model(name, config, tmp_path):
+    folder = quantize(name, tmp_path, config)
+    names = {m.name for m in QuantizationReport.load(folder).modules}
+    packed = load(folder)
+    packed.save_pretrained(tmp_path / "saved")
+    expected = first_output(densify(tiny_model(name), packed), name)
+    for module in packed.modules():
+        for factor in getattr(module, "lora_B", {}).values():
+            factor.weight.data.zero_()
+    for adapter in (folder / "loftq_init", tmp_path / "saved"):
+        adapted = with_adapter(densify(tiny_model(name), packed), adapter)
+        assert adapted_modules(adapted) == names
+        assert (first_output(adapted, name) - expected).abs().max() < 1e-4
+
+
+def test_lora_has_the_modules_of_the_folder(tmp_path):
+    """On the full-precision model, when the run is loaded again, and in the prediction of its memory."""
+    model = tiny_model("deepseek-v3")
+    model.resize_token_embeddings(len(letters()))
+    model.save_pretrained(tmp_path / "source")
+    letters().save_pretrained(tmp_path / "source")
+    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "q", FEED_FORWARD, progress=False)
+    names = {m.name for m in QuantizationReport.load(tmp_path / "q").modules}
+    data = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(4)])
+    held = DataSettings("completion", data)
+    settings = TrainSettings(held, eval_data=held, method="lora", max_steps=1, batch_size=4, learning_rate=5e-3)
+    record = train(tmp_path / "run", settings, init_from=tmp_path / "q", progress=False)
+    assert record.after["loss"] < record.before["loss"]
+    assert set(load_file(tmp_path / "run" / "adapter_model.safetensors")) == {
+        f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"
+    }
+    loaded, _ = load_run(tmp_path / "run")
+    assert adapted_modules(loaded) == names
+    assert all(m.lora_B["default"].weight.any() for m in loaded.modules() if hasattr(m, "lora_B"))
+    predicted = build_model(model.config, FEED_FORWARD, TrainingSetup(method="lora"))
+    assert adapted_modules(predicted) == names
 
 
 def test_adapters_of_older_experts_are_still_converted():

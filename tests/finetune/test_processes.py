@@ -47,6 +47,32 @@ training.Progress = Crash
 main()
 """
 
+# Writes, after the first step, which part of its packed bytes a process holds itself.
+WEIGHING = """
+import os, sys
+from pathlib import Path
+from torch.distributed.tensor import DTensor
+from loftq.cli import main
+from loftq.finetune import training
+from loftq.modules import PackedModule
+
+class Weigh(training.Progress):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step > 1:
+            return
+        held = whole = 0
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                for packed in (getattr(module, name) for name in getattr(module, "specs", ["weight"])):
+                    whole += packed.numel()
+                    held += (packed.to_local() if isinstance(packed, DTensor) else packed).numel()
+        Path(os.environ["WEIGHED"] + os.environ["RANK"]).write_text(str(held / whole))
+
+training.Progress = Weigh
+main()
+"""
+
 
 def launched(arguments: list[str], *start: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
     """``torchrun`` with that many CPU processes; ``start`` in place of loftq's module."""
@@ -89,8 +115,12 @@ def test_two_processes_train_as_one(model, sums, tmp_path, spread, request, caps
     options = ["--init-from", folder, "--task", "completion", "--data", sums, "--eval-data", sums, "--lr", "1e-2"]
     options += ["--epochs", "2", "--batch-size", "5", "--gradient-accumulation", "2"]
     app(["train", str(tmp_path / "one"), *map(str, options)], standalone_mode=False)
-    done = launched([tmp_path / "two", *options], **spread)
+    script = tmp_path / "weighing.py"
+    script.write_text(WEIGHING, encoding="utf-8")
+    done = launched([tmp_path / "two", *options], str(script), WEIGHED=str(tmp_path / "weighed"), **spread)
     assert done.returncode == 0, done.stderr[-3000:]
+    parts = [float((tmp_path / f"weighed{rank}").read_text()) for rank in range(2)]
+    assert parts == pytest.approx([0.5, 0.5] if spread else [1, 1], abs=0.01)
     assert done.stdout.count("weights trained") == 1, "one process speaks"
     one, two = TrainingRecord.load(tmp_path / "one"), TrainingRecord.load(tmp_path / "two")
     assert two.machine["processes"] == 2

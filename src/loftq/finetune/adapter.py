@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loftq.checkpoint.source import SafetensorsSource
 from loftq.errors import ConfigError, SourceError
-from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, tensor_names
+from loftq.hub.adapter import ADAPTER_WEIGHTS, INIT_DIR, auto_mapping, tensor_names
 from loftq.hub.backbone import adapter_config
 from loftq.hub.quantizer import find_name
 from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
@@ -101,6 +101,7 @@ def task_lora_config(
         target_modules=minimal_target_names({n for n, plan in plans.items() if not plan.experts}, model),
         target_parameters=minimal_target_parameters(plans.values(), model) if has_experts else None,
         task_type=TASK_TYPES[auto_class],
+        auto_mapping=auto_mapping(model),
         modules_to_save=list(heads) or None,
         use_dora=use_dora,
         **patterns,

@@ -17,7 +17,7 @@ from loftq.modules.experts import fused_experts
 from loftq.plan.targets import ModulePlan, minimal_target_names, minimal_target_parameters
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
 INIT_DIR = "loftq_init"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -110,9 +110,30 @@ def lora_config(
         rank_pattern=ranks,
         alpha_pattern=dict(ranks) if config.lora_alpha is None else {},
         task_type=task_type(type(model).__name__),
+        auto_mapping=auto_mapping(model),
         base_model_name_or_path=base,
         inference_mode=True,
     )
+
+
+def auto_mapping(model: nn.Module, backbone_sha256: str | None = None) -> dict[str, str | None]:
+    """A field of PEFT's config that it carries along: the base model's class, and with it the hash of the backbone.
+
+    A config that has it names the modules of the model as it is, see :func:`names_current_modules`.
+
+    Args:
+        model: the base model. backbone_sha256: ``None`` for one that is not packed, or is not stored.
+    """
+    return {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+        BACKBONE_KEY: backbone_sha256,
+    }
+
+
+def names_current_modules(config: PeftConfig) -> bool:
+    """Whether a config says that its names are those of the model as it is, by having :func:`auto_mapping`'s key."""
+    return BACKBONE_KEY in (config.auto_mapping or {})
 
 
 def know_experts(model: nn.Module) -> None:
@@ -143,19 +164,14 @@ def save_adapter_config(config: LoraConfig, directory: Path, model: nn.Module, b
 
 
 def amend_adapter_config(directory: Path, model: nn.Module, backbone_sha256: str | None, **changes: Any) -> None:
-    """Put the backbone's hash into ``auto_mapping``, a field that PEFT carries along, and fields into an order.
+    """Put the backbone's hash into :func:`auto_mapping`, and fields into an order.
 
     Args:
         model: the base model. backbone_sha256: ``None`` for one that is not packed. changes: of further fields.
     """
     path = directory / ADAPTER_CONFIG
     values: dict[str, Any] = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    if backbone_sha256 is not None:
-        values["auto_mapping"] = {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-            BACKBONE_KEY: backbone_sha256,
-        }
+    values["auto_mapping"] = auto_mapping(model, backbone_sha256)
     for name in ("target_modules", "target_parameters"):  # PEFT keeps them in sets, whose order changes from run to run
         if isinstance(values.get(name), list):
             values[name] = sorted(values[name])

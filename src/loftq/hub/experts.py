@@ -19,7 +19,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from loftq.errors import ConfigError
-from loftq.hub.adapter import split_experts
+from loftq.hub.adapter import names_current_modules, split_experts
 from loftq.modules import PackedModule, QuantExperts
 from loftq.modules.experts import ExpertFactors, fused_experts
 
@@ -121,9 +121,9 @@ def _is_current(peft_config: Any, model: nn.Module) -> bool:
 
     For many architectures PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj`` as such experts' names, and leaves the layers
     of a shared expert or a dense block, which bear them still, without an adapter. But a packed model has no older
-    adapters, and no older config names the parameters in which experts are now.
+    adapters, and no older config is marked as current or names the parameters in which experts are now.
     """
-    if any(isinstance(module, PackedModule) for module in model.modules()):
+    if names_current_modules(peft_config) or any(isinstance(module, PackedModule) for module in model.modules()):
         return True
     experts = {name.replace(".base_layer", "") for name in fused_experts(model)}
     return not experts.isdisjoint(_targeted(peft_config, model))
