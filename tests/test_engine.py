@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,7 +232,6 @@ def test_a_worker_killed_in_the_middle(two_workers, workdir):
 
 
 def kill_this_process(*args) -> None:
-    import os
     import signal
 
     os.kill(os.getpid(), signal.SIGKILL)
@@ -496,8 +502,6 @@ def test_mistakes(two_workers, workdir, options, error, message):
 
 
 def test_nobody_at_the_address(workdir, monkeypatch):
-    import socket
-
     decoder(workdir)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as held:  # bound, but nothing listens
@@ -511,7 +515,7 @@ def test_nobody_at_the_address(workdir, monkeypatch):
 
 def test_without_ray(workdir, monkeypatch):
     decoder(workdir)
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     message = r'the engine ray needs Ray, which is not installed; pip install "loftq\[ray\]"'
     with pytest.raises(loftq.ConfigError, match=message):
         loftq.quantize_checkpoint("source", "out", WEIGHTS, progress=False, engine="ray")
@@ -534,3 +538,141 @@ def test_jobs_ahead_are_bounded(two_workers, workdir, monkeypatch):
     assert len(drawn) == 28
     # one more than the two workers have cores, the one just drawn, and the one being written
     assert max(ahead) <= 5, ahead
+
+
+def test_a_worker_with_another_loftq(workdir):
+    """Where the caller has connected Ray, nothing is sent along."""
+    error = worker.compute(task_for(decoder(workdir), stack=worker.Stack.here()._replace(code="other")), None)
+    assert isinstance(error, loftq.ClusterError)
+    assert "has another loftq than where the command runs" in str(error)
+    assert "add runtime_env={'py_modules': [loftq]} to the program's ray.init" in str(error)
+
+
+@pytest.mark.parametrize("call", ["wait", "cluster_resources", "nodes", "start"])
+def test_the_cluster_is_lost(workdir, monkeypatch, call):
+    """At whichever call to it this shows."""
+    monkeypatch.setattr(threads, "SMALL", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    unit, lost = task_for(decoder(workdir)).unit, ShrinkingCluster()
+
+    def fail(*arguments, **options):
+        raise lost.exceptions.RayError("the GCS does not answer\nTraceback")
+
+    monkeypatch.setattr(lost, call, fail)
+    engine = cluster.RayEngine(lost, open_source("source"), WEIGHTS, lambda sentence: None)
+    message = r"^the connection to the Ray cluster is lost \(the GCS does not answer\); .*continues where it stopped$"
+    with pytest.raises(loftq.ClusterError, match=message):
+        list(engine.run([jobs.Job(unit), jobs.Job(unit)]))
+
+
+def test_a_worker_without_loftq(two_workers, workdir, monkeypatch):
+    decoder(workdir, layers=1)
+    absent = types.ModuleType("absent")
+    exec("def compute(task, of_input): pass", absent.__dict__)
+    monkeypatch.setitem(sys.modules, "absent", absent)  # so that it is pickled by its name, which no worker knows
+    monkeypatch.setattr(cluster, "compute", absent.compute)
+    with pytest.raises(loftq.ClusterError, match=r"a worker cannot import loftq; install there"):
+        quantized(WEIGHTS, "ray")
+
+
+class Asking:
+    """Stands for a cluster that asks for a token: what is sent along, and what is found on this machine."""
+
+    def __init__(self, monkeypatch, mode: str | None, found: str | None, right: str) -> None:
+        import ray._raylet
+
+        self.found, self.right = found, right
+        if mode is None:
+            monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        else:
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        loader = argparse.Namespace(has_token=lambda ignore_auth_mode: found is not None)
+        monkeypatch.setattr(cluster, "_token_refused", self.refused)
+        monkeypatch.setattr(ray._raylet, "AuthenticationTokenLoader", argparse.Namespace(instance=lambda: loader))
+        monkeypatch.setattr(ray._raylet, "Config", argparse.Namespace(initialize=lambda config: None))
+
+    def refused(self, module, address) -> bool:
+        return (self.found if os.environ.get("RAY_AUTH_MODE") == "token" else None) != self.right
+
+
+@pytest.mark.parametrize(
+    ("mode", "found", "message"),
+    [
+        (None, "right", None),
+        ("token", "right", None),
+        (None, "other", r"but it does not accept the one that is here; copy ~/.ray/auth_token .*RAY_AUTH_TOKEN"),
+        ("token", None, r"but there is none here; copy ~/.ray/auth_token .*RAY_AUTH_TOKEN"),
+        (None, None, r"but there is none here; copy ~/.ray/auth_token .*RAY_AUTH_TOKEN"),
+        ("disabled", "right", r"but RAY_AUTH_MODE is 'disabled' here; unset RAY_AUTH_MODE"),
+    ],
+    ids=["found", "set", "other", "set, none", "none", "disabled"],
+)
+def test_a_cluster_that_asks_for_a_token(monkeypatch, mode, found, message):
+    Asking(monkeypatch, mode, found, "right")
+    with cluster._mode_restored(ray):
+        if message is None:
+            cluster._authenticate(ray, "head:6379")
+            assert os.environ["RAY_AUTH_MODE"] == "token"
+        else:
+            with pytest.raises(
+                loftq.ClusterError, match=rf"^the Ray cluster at 'head:6379' asks for a token, {message}"
+            ):
+                cluster._authenticate(ray, "head:6379")
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+@pytest.fixture
+def head(tmp_path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Address of a cluster of its own, started where a local run has left a token, and the environment of such a user."""
+    home, short = (
+        tmp_path / "home",
+        tempfile.mkdtemp(prefix="ray", dir="/tmp"),
+    )  # sockets are in it: a path of 107 bytes
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("7" * 64)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    source = str(Path(loftq.__file__).parents[1])
+    environment |= {"HOME": str(home), "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--num-cpus=1", "--include-dashboard=false", f"--temp-dir={short}", "--object-store-memory=100000000"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", *options]
+    log = tmp_path / "ray.log"
+    with open(log, "w") as stream:
+        started = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    family = [psutil.Process(started.pid)]
+    try:
+        end = time.monotonic() + 180
+        while "This command will now block" not in log.read_text():
+            assert started.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.5)
+        yield f"127.0.0.1:{port}", environment
+    finally:
+        family += family[0].children(recursive=True) if started.poll() is None else []
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        started.wait()
+        shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_documented_command(head, workdir):
+    """After a local run, from which on `ray start --head` asks for a token."""
+    address, environment = head
+    decoder(workdir, layers=1)
+    expected = quantized(WEIGHTS, "local")
+    command = [sys.executable, "-m", "loftq.cli", "quantize", "source", "--bits=2", "--rank=4", "--iters=1"]
+    command += ["--no-calibration", "--engine=ray"]
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    ran = subprocess.run([*command, "--out=out", "--address", address], env=environment, **options)
+    assert ran.returncode == 0, ran.stderr
+    assert "InvalidAuthToken" not in ran.stderr
+    assert differences(contents(Path("out")), expected) == []
+    (Path(environment["HOME"]) / ".ray" / "auth_token").write_text("8" * 64)
+    ran = subprocess.run([*command, "--out=other"], env={**environment, "RAY_ADDRESS": address}, **options)
+    assert ran.returncode == 2
+    assert "asks for a token, but it does not accept the one that is here" in ran.stderr, ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr

@@ -23,7 +23,7 @@ import loftq
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig
 from loftq.engine.jobs import Computed, Job
-from loftq.engine.worker import Origin, Stack, Task, compute, pack_experts, pack_statistics, unpack
+from loftq.engine.worker import SAME_LOFTQ, Origin, Stack, Task, compute, pack_experts, pack_statistics, unpack
 from loftq.errors import ClusterError, ConfigError, LoftQError, first_line
 from loftq.kernels.threads import is_small
 from loftq.optional import optional_module
@@ -55,7 +55,8 @@ def connected(address: str | None) -> Iterator[Any]:
             started on this machine, one for each core. A connection that the caller has made already is used as it is.
 
     Raises:
-        ConfigError: Ray is not installed, or is connected elsewhere. ClusterError: no cluster can be reached.
+        ConfigError: Ray is not installed, or is connected elsewhere. ClusterError: no cluster can be reached, or it asks for
+            a token that is not the one here.
     """
     ray = optional_module("ray", "the engine ray", "Ray", "ray")
     if ray.is_initialized():
@@ -66,26 +67,82 @@ def connected(address: str | None) -> Iterator[Any]:
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        _knock(address)
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
-    except Exception as error:  # Ray has no kind of its own for this
-        raise ClusterError(
-            f"no Ray cluster answers at {address!r} ({first_line(error)}); start one with `ray start --head`, or leave the "
-            f"address out to use this machine alone"
-        ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    with _mode_restored(ray):
+        try:
+            if _knock(address):
+                _authenticate(ray, address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **_options(address))
+        except ClusterError:
+            raise
+        except Exception as error:  # Ray has no kind of its own for this
+            raise ClusterError(
+                f"no Ray cluster answers at {address!r} ({first_line(error)}); start one with `ray start --head`, or leave "
+                f"the address out to use this machine alone"
+            ) from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
-def _knock(address: str) -> None:
-    """An OSError where nothing listens at ``HOST:PORT``; Ray itself would try for more than a minute."""
+def _knock(address: str) -> bool:
+    """Whether it is ``HOST:PORT``; an OSError where nothing listens: Ray itself would try for more than a minute."""
     host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
+    if not host or not port.isdigit() or "/" in host:
+        return False
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+        return True
+
+
+def _authenticate(ray: Any, address: str) -> None:
+    """Turn token authentication on where the cluster asks for it; Ray itself does so for ``auto``, not for ``HOST:PORT``.
+
+    Not wherever there is a token: a local run writes one, and a cluster started before does not expect it.
+    """
+    if not hasattr(ray.exceptions, "AuthenticationError") or not _token_refused(ray, address):
+        return
+    mode = os.environ.get("RAY_AUTH_MODE")
+    found = ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    if mode is None and found:
+        _set_mode(ray, "token")
+        if not _token_refused(ray, address):
+            return
+    if mode is not None and mode.lower() != "token":
+        wrong, remedy = f"RAY_AUTH_MODE is {mode!r} here", "unset RAY_AUTH_MODE, or set it to 'token'"
+    else:
+        wrong = "it does not accept the one that is here" if found else "there is none here"
+        remedy = "copy ~/.ray/auth_token from its first machine to this one, or set RAY_AUTH_TOKEN to what it holds"
+    raise ClusterError(f"the Ray cluster at {address!r} asks for a token, but {wrong}; {remedy}")
+
+
+def _token_refused(ray: Any, address: str) -> bool:
+    """Whether the cluster turns a request down for its token, or for having none."""
+    try:  # with an id made up: a client without one asks for it first, and Ray logs to stderr that this is refused
+        client = ray._raylet.GcsClient(address=address, cluster_id="1" * 56)
+        client.internal_kv_get(b"", namespace=b"loftq", timeout=5)
+    except ray.exceptions.AuthenticationError as error:  # the wrong id is one as well
+        return "InvalidAuthToken" in str(error)
+    except Exception:  # `ray.init` will say it
+        return False
+    return False
+
+
+def _set_mode(ray: Any, mode: str | None) -> None:
+    os.environ.pop("RAY_AUTH_MODE", None)
+    if mode is not None:
+        os.environ["RAY_AUTH_MODE"] = mode
+    ray._raylet.Config.initialize("")  # Ray has read the environment before
+
+
+@contextmanager
+def _mode_restored(ray: Any) -> Iterator[None]:
+    """Ray leaves the mode of a cluster in the environment, where the next may have another."""
+    before = os.environ.get("RAY_AUTH_MODE")
+    try:
+        yield
+    finally:
+        if os.environ.get("RAY_AUTH_MODE") != before:
+            _set_mode(ray, before)
 
 
 def _options(address: str) -> dict[str, Any]:
@@ -129,7 +186,7 @@ class RayEngine:
                     yield self._next(waiting)
                 cores = 1 if is_small(job.size) else max(1, min(self.threads, self._largest_node()))
                 self._submit(self._asked(job, cores), waiting)
-                while waiting and self.ray.wait(list(waiting), timeout=0)[0]:
+                while waiting and self._ready(waiting, timeout=0):
                     yield self._next(waiting)
             while waiting:
                 yield self._next(waiting)
@@ -167,7 +224,9 @@ class RayEngine:
 
     def _submit(self, asked: Asked, waiting: dict[Any, Asked]) -> None:
         remote = self._compute.options(num_cpus=asked.cores, name=asked.unit.name)
-        waiting[remote.remote(asked.task, asked.of_input)] = asked
+        with self._connection():
+            reference = remote.remote(asked.task, asked.of_input)
+        waiting[reference] = asked
 
     def _ask_for_less(self, waiting: dict[Any, Asked]) -> None:
         """Give out anew what waits for a machine that is lost, and for which those that are left have too few cores."""
@@ -179,18 +238,21 @@ class RayEngine:
             return
         for reference, asked in [(r, a) for r, a in waiting.items() if a.cores > largest]:
             del waiting[reference]
-            self.ray.cancel(reference, force=True)
+            with self._connection():
+                self.ray.cancel(reference, force=True)
             self._submit(asked._replace(cores=largest), waiting)
 
     def _next(self, waiting: dict[Any, Asked]) -> tuple[Unit, Computed]:
-        while not (ready := self.ray.wait(list(waiting), num_returns=1, timeout=PATIENCE)[0]):
+        while not (ready := self._ready(waiting, PATIENCE)):
             self._ask_for_less(waiting)
         unit = waiting[ready[0]].unit
         del waiting[ready[0]]
         try:
             result = self.ray.get(ready[0])
-        except self.ray.exceptions.RayTaskError:
-            raise
+        except self.ray.exceptions.RayTaskError as error:
+            if "failed to import on the worker" not in str(error) and not isinstance(error.cause, ImportError):
+                raise
+            raise ClusterError(f"a worker cannot import loftq; {SAME_LOFTQ}") from None
         except self.ray.exceptions.RayError as error:
             raise ClusterError(
                 f"{unit.name} could not be computed, its worker was lost {RETRIES + 1} times or the cluster with it "
@@ -208,8 +270,25 @@ class RayEngine:
         tensors = {name: unpack(packet) for name, packet in result.tensors.items()}
         return unit, ((tensors, result.record), result.seconds)
 
+    def _ready(self, waiting: dict[Any, Asked], timeout: float) -> list[Any]:
+        with self._connection():
+            done: list[Any] = self.ray.wait(list(waiting), num_returns=1, timeout=timeout)[0]
+        return done
+
     def _cores(self) -> int:
-        return int(self.ray.cluster_resources().get("CPU", 1))
+        with self._connection():
+            return int(self.ray.cluster_resources().get("CPU", 1))
 
     def _largest_node(self) -> int:
-        return int(max((n["Resources"].get("CPU", 0) for n in self.ray.nodes() if n["Alive"]), default=0))
+        with self._connection():
+            return int(max((n["Resources"].get("CPU", 0) for n in self.ray.nodes() if n["Alive"]), default=0))
+
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        try:
+            yield
+        except (self.ray.exceptions.RayError, OSError, RuntimeError) as error:
+            raise ClusterError(
+                f"the connection to the Ray cluster is lost ({first_line(error)}); start it anew if its first machine has "
+                f"failed, and run the same command again, it continues where it stopped"
+            ) from None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import loftq
 from loftq.calibrate.statistics import OF_INPUT, OF_LAYER
 from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.naming import meta_model
@@ -28,6 +29,10 @@ from loftq.parallel import timed
 from loftq.report.system import versions
 from loftq.solver.importance import InputStatistics
 from loftq.units import Known, Unit
+
+SAME_LOFTQ = (
+    "install there the loftq that runs here, or add runtime_env={'py_modules': [loftq]} to the program's ray.init"
+)
 
 
 class Packet(NamedTuple):
@@ -82,15 +87,28 @@ def unpack_statistics(packed: Mapping[str, Any]) -> InputStatistics:
 
 
 class Stack(NamedTuple):
-    """What the bytes of a result depend on besides its input."""
+    """What the bytes of a result depend on besides its input.
+
+    Attributes:
+        code: of loftq, a digest: a connection that the caller has made does not send the driver's loftq along.
+    """
 
     versions: dict[str, str]
     instructions: str
+    code: str
 
     @classmethod
     def here(cls) -> Stack:
-        relevant = ("torch", "numpy", "numba")  # the driver's loftq is what runs
-        return cls({k: v for k, v in versions().items() if k in relevant}, torch.backends.cpu.get_cpu_capability())
+        relevant = {k: v for k, v in versions().items() if k in ("torch", "numpy", "numba")}
+        return cls(relevant, torch.backends.cpu.get_cpu_capability(), _code())
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    package, digest = Path(loftq.__file__).parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -148,6 +166,11 @@ def compute(task: Task, of_input: ExpertPackets | Mapping[str, Any] | None) -> R
             raise ClusterError(
                 f"the worker on {platform.node()} has {other[0]} {here.versions.get(other[0])}, expected "
                 f"{task.stack.versions[other[0]]} as where the command runs, since results would differ; install that version"
+            )
+        if here.code != task.stack.code:
+            raise ClusterError(
+                f"the worker on {platform.node()} has another loftq than where the command runs, and results would differ; "
+                f"{SAME_LOFTQ}"
             )
         torch.set_num_threads(task.threads)
         parameters = _parameters(task.origin) if task.unit.experts else None  # which takes the architecture to know
