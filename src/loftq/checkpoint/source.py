@@ -172,13 +172,7 @@ class SafetensorsSource:
             return files
         if (self.path / single).exists():
             return [self.path / single]
-        pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pth"), *self.path.glob("*.pt")])
-        if pickled:
-            raise SourceError(
-                f"{self.path} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
-                f"runs code; convert them to safetensors first"
-            )
-        raise SourceError(f"{self.path} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
+        raise without_safetensors(self.path, single)
 
     def config(self) -> PretrainedConfig:
         return read_config(self.path)
@@ -202,6 +196,17 @@ class SafetensorsSource:
             for file in self.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, out_dir / file.name)
+
+
+def without_safetensors(folder: Path, single: str) -> SourceError:
+    """What to say of a folder that has neither the file ``single`` nor shards with their index."""
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+    if pickled:
+        return SourceError(
+            f"{folder} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
+            f"runs code; convert them to safetensors first"
+        )
+    return SourceError(f"{folder} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
 
 
 def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import one_of
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import ConfigError, LoftQError, SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,12 +48,13 @@ def load_for_inference(
     ``dtype="auto"`` is float32 on the CPU, where half precision is slower or less exact, and the checkpoint's elsewhere.
 
     Raises:
-        SourceError: if there is no such model. ConfigError: for contradicting options.
+        SourceError: if there is no such model, or none in safetensors. ConfigError: for contradicting options.
     """
     import transformers
 
     from loftq.hub.backbone import adapter_config
     from loftq.hub.load import load, load_backbone, with_adapter
+    from loftq.hub.pretrained import load_pretrained
 
     one_of("dtype", dtype, _DTYPES)
     if adapter is not None and not use_adapter:
@@ -69,7 +70,9 @@ def load_for_inference(
             loaded = load_backbone(model, dtype=chosen)
     else:
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=chosen, trust_remote_code=False)
+            loaded = load_pretrained(transformers.AutoModelForCausalLM, model, dtype=chosen)
+        except LoftQError:
+            raise
         except Exception as error:  # transformers and safetensors have many kinds for a damaged file
             raise SourceError(
                 f"{model} does not load as a causal language model ({first_line(error)}); check its files, or name another"

@@ -26,6 +26,7 @@ from loftq.finetune.adapter import (
 from loftq.finetune.settings import TrainSettings
 from loftq.hub.adapter import know_experts
 from loftq.hub.backbone import read_quantization_config
+from loftq.hub.pretrained import load_pretrained
 from loftq.report.record import QuantizationReport
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
     import loftq.hub.quantizer  # noqa: F401 - registers the quantizer
 
     chosen = task(settings.data.task)
-    options: dict[str, Any] = {"dtype": load_dtype(settings.dtype), "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": load_dtype(settings.dtype)}
     if chosen.name == "classification":
         names = list(labels or ())
         options |= {"num_labels": len(names), "problem_type": "single_label_classification"}
@@ -144,8 +145,12 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
         options |= {"num_labels": 1, "problem_type": "regression"}
     try:
         with _quiet():  # a new head is no mistake, and what else is missing is said below
-            model, info = getattr(transformers, chosen.model).from_pretrained(
-                start.base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            model, info = load_pretrained(
+                getattr(transformers, chosen.model),
+                start.base,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except (LoftQError, MemoryError):
         raise
