@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import load_file
 
 import loftq
@@ -110,3 +111,39 @@ def test_a_hub_repository():
     ):
         load_pretrained(Auto, "owner/model", revision="v2")
     assert asked == {"use_safetensors": True, "trust_remote_code": False, "revision": "v2"}
+
+
+def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, monkeypatch):
+    """A run on a hub id: config, tokenizer and weights are of the revision named, when it is trained and when it is loaded."""
+    from loftq.data.prepare import DataSettings
+    from loftq.errors import ConfigError
+    from loftq.finetune.load import load_run
+    from loftq.finetune.run import train
+    from loftq.finetune.settings import TrainSettings
+
+    asked = []
+
+    def at_a_revision(cls):
+        before = cls.from_pretrained
+
+        def from_pretrained(model, **options):
+            if model == "owner/model":
+                asked.append((cls.__name__, options["revision"]))
+                model = folder / "source"
+            return before(model, **options)
+
+        monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
+
+    for cls in (tf.AutoConfig, tf.AutoTokenizer, tf.AutoModelForCausalLM):
+        at_a_revision(cls)
+    data = DataSettings("completion", str(folder / "rows.jsonl"))
+    settings = TrainSettings(data, method="lora", max_steps=1, rank=2)
+    record = train(tmp_path / "run", settings, model="owner/model", revision="v2", progress=False)
+    assert record.revision == "v2"
+    names = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+    assert set(asked) == {(name, "v2") for name in names}
+    asked.clear()
+    load_run(tmp_path / "run")
+    assert set(asked) == {("AutoModelForCausalLM", "v2")}
+    with pytest.raises(ConfigError, match=r"the revision v2 is of the folder .*source, expected a hub id with --model"):
+        train(tmp_path / "other", settings, model=str(folder / "source"), revision="v2", progress=False)

@@ -159,7 +159,7 @@ class Captured(Exception):
 
 
 def capture(source, out, config, **options):
-    raise Captured(str(source), str(out), config)
+    raise Captured(str(source), options["revision"], str(out), config)
 
 
 def test_quantize_commands_mean_what_the_steps_do(monkeypatch):
@@ -174,7 +174,8 @@ def test_quantize_commands_mean_what_the_steps_do(monkeypatch):
         program, *words = shlex.split(step.command)
         with pytest.raises(Captured) as given:
             app(words, standalone_mode=False)
-        expected = step.arguments["source"], step.arguments["out"], LoftQConfig.from_dict(step.arguments["config"])
+        config = LoftQConfig.from_dict(step.arguments["config"])
+        expected = *(step.arguments[name] for name in ("source", "revision", "out")), config
         assert (program, given.value.args) == ("loftq", expected), step.command
 
 
@@ -193,7 +194,7 @@ def test_quantize_command_of_unusual_settings(monkeypatch):
     step = plan_steps(recipe, Options(Path("my out")))[0]
     with pytest.raises(Captured) as found:
         app(shlex.split(step.command)[1:], standalone_mode=False)
-    assert found.value.args == (recipe.model, "my out/qlora/quantized", recipe.loftq_config("qlora"))
+    assert found.value.args == (recipe.model, None, "my out/qlora/quantized", recipe.loftq_config("qlora"))
 
 
 def test_other_commands():
@@ -218,7 +219,7 @@ class Trained(Exception):
 
 
 def train_instead(out, settings, **options):
-    raise Trained(str(out), settings, str(options["init_from"] or ""), options["model"])
+    raise Trained(str(out), settings, str(options["init_from"] or ""), options["model"], options["revision"])
 
 
 @pytest.mark.parametrize("name", list_recipes("*/*-r*"))
@@ -234,4 +235,37 @@ def test_train_commands_mean_what_the_steps_do(name, monkeypatch):
             app(shlex.split(step.command)[1:], standalone_mode=False)
         expected = step.arguments
         settings = TrainSettings.from_dict(expected["settings"])
-        assert given.value.args == (expected["out"], settings, expected["init_from"] or "", expected["model"])
+        assert given.value.args == (
+            expected["out"],
+            settings,
+            expected["init_from"] or "",
+            expected["model"],
+            expected["revision"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("microsoft/deberta-v3-base", "refs/pr/4")),
+        ({"revision": "v2"}, ("microsoft/deberta-v3-base", "v2")),
+        ({"model": "microsoft/deberta-v3-base"}, ("microsoft/deberta-v3-base", "refs/pr/4")),
+        ({"model": "my/model"}, ("my/model", None)),
+        ({"model": "my/model", "revision": "v2"}, ("my/model", "v2")),
+    ],
+)
+def test_the_revision_is_of_the_model_that_is_run(options, expected):
+    quantized, trained = steps("glue/sst2-nf2-r16", methods=("loftq",), **options)[:2]
+    assert (quantized.arguments["source"], quantized.arguments["revision"]) == expected
+    assert trained.arguments["revision"] is None, "the quantized folder has none"
+    plain = steps("glue/sst2-lora-r16", methods=("lora",), **options)[0]
+    assert (plain.arguments["model"], plain.arguments["revision"]) == expected
+    for step in (quantized, plain):
+        assert ("--revision" in step.command) == (expected[1] is not None)
+
+
+def test_every_recipe_of_deberta_names_its_revision():
+    """Its main branch has pickled weights alone."""
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        assert recipe.revision == ("refs/pr/4" if recipe.model == "microsoft/deberta-v3-base" else None), name

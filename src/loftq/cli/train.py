@@ -30,6 +30,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Full-precision model, for lora and full.", show_default="the folder's source")
     ] = None,
+    revision: options.Revision = None,
     method: Annotated[str, typer.Option(help="loftq, qlora, lora, full.")] = "loftq",
     epochs: options.Epochs = 3.0,
     max_steps: options.MaxSteps = None,
@@ -131,6 +132,7 @@ def train(
         settings,
         init_from=init_from,
         model=model,
+        revision=revision,
         resume=resume,
         command=parse.this_command(),
         notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,10 +45,12 @@ class Start:
     Attributes:
         base: the quantized folder, or the full-precision model's folder or hub id.
         folder: the quantized folder whose adapter settings hold, if any.
+        revision: of a hub id; ``None`` for its main branch.
     """
 
     base: str
     folder: Path | None = None
+    revision: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -55,16 +58,22 @@ class Start:
         return self.folder is not None and self.base == str(self.folder)
 
 
-def find_start(method: str, init_from: str | Path | None, model: str | None) -> Start:
+def find_start(method: str, init_from: str | Path | None, model: str | None, revision: str | None = None) -> Start:
     """Which model a method trains.
 
     Args:
         init_from: a quantized folder. model: a full-precision model, for ``lora`` and ``full``; by default the source that
-            the quantized folder names.
+            the quantized folder names. revision: of ``model``, a hub id.
 
     Raises:
-        ConfigError: a method without the model that it needs. SourceError: there is no such model.
+        ConfigError: a method without the model that it needs, or a revision of what has none. SourceError: there is no such
+            model.
     """
+    if revision is not None and (model is None or os.path.exists(model)):
+        raise ConfigError(
+            f"the revision {revision} is of {'no model' if model is None else f'the folder {model}'}, expected a hub id with "
+            f"--model; leave --revision out"
+        )
     folder = None
     if init_from is not None:
         read_quantization_config(Path(init_from))
@@ -93,7 +102,7 @@ def find_start(method: str, init_from: str | Path | None, model: str | None) -> 
         raise ConfigError(
             f"{model} is quantized, but the method {method} trains a full-precision model; name its source"
         )
-    return Start(model, folder)
+    return Start(model, folder, revision)
 
 
 def build(
@@ -148,6 +157,7 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
             model, info = load_pretrained(
                 getattr(transformers, chosen.model),
                 start.base,
+                revision=start.revision,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options,

@@ -52,13 +52,13 @@ class Training:
         self.notice = notice
         self.metrics = check_metrics(settings.data.task, settings.metric_names)
         check_reporter(settings.report_to)
-        self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data)
+        self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data, revision=start.revision)
 
     def run(self, progress: bool, begin: Callable[[], None]) -> TrainingRecord:
         """``begin`` is called once the data and the model are there, before anything is written."""
         started = time.perf_counter()
         memory = PeakMemory().start()
-        config = load_config(self.start.base)
+        config = load_config(self.start.base, self.start.revision)
         settings = self.settings
         examples, labels = prepare(settings.data, self.tokenizer, config)
         held: Examples | None = None
@@ -77,6 +77,7 @@ class Training:
         record = TrainingRecord(
             settings=settings.to_dict(),
             base=self.start.base,
+            revision=self.start.revision,
             init_from=str(self.start.folder) if self.start.folder else None,
             backbone_sha256=backbone if self.start.quantized else None,
             labels=labels,

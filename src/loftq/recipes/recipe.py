@@ -86,7 +86,7 @@ class Recipe:
     Attributes:
         name: such as ``glue/mnli-nf2-r16``.
         table: where its numbers were published.
-        model: hub id.
+        model: hub id. revision: of it; ``None`` for its main branch.
         task: of :data:`TASKS`.
         data, training: see :class:`Data`, :class:`Training`.
         metrics: in the order of the published table.
@@ -111,6 +111,7 @@ class Recipe:
     quantization: Mapping[str, Any] | None = None
     published_size: Mapping[str, float] = field(default_factory=dict)
     seeds: int | None = None
+    revision: str | None = None
     unstated: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -151,6 +152,7 @@ def parse_recipe(name: str, values: Mapping[str, Any], where: str) -> Recipe:
         name=name,
         table=read.text(where, "table", values["table"]),
         model=read.text(where, "model", values["model"]),
+        revision=read.optional(read.text, where, "revision", values.get("revision")),
         task=read.choice(where, "task", values["task"], TASKS),
         data=data,
         training=_training(f"{where}: training", read.mapping(where, "training", values["training"])),
