@@ -113,6 +113,14 @@ def test_a_hub_repository():
     assert asked == {"use_safetensors": True, "trust_remote_code": False, "revision": "v2"}
 
 
+def test_a_hub_repository_to_quantize(tmp_path, monkeypatch):
+    """Only safetensors and small files are fetched, so that the folder is one without weights."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(tmp_path))
+    with pytest.raises(SourceError, match=r"^owner/model has no safetensors on the hub at the revision main"):
+        loftq.quantize_checkpoint("owner/model", tmp_path / "q", loftq.LoftQConfig(bits=4, rank=2), progress=False)
+
+
 def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, monkeypatch):
     """A run on a hub id: config, tokenizer and weights are of the revision named, when it is trained and when it is loaded."""
     from loftq.data.prepare import DataSettings

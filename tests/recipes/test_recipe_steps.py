@@ -208,7 +208,7 @@ def test_other_commands():
     assert evaluate.command == (
         "loftq evaluate out/qlora/seed-3 --task completion --data openai/gsm8k:main --split test --map question=prompt "
         "--map answer=completion --max-length 512 --prompt-template '{prompt}\n' --metrics gsm8k --batch-size 16 "
-        "--max-new-tokens 256 --num-beams 1"
+        "--max-new-tokens 256 --num-beams 1 --predictions out/qlora/seed-3/predictions-test.jsonl"
     )
     lora = steps("glue/sst2-lora-r16")[0]
     assert "--method lora" in lora.command

@@ -119,12 +119,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_EXTRAS]
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise SourceError(
             f"{repo_id} is no folder here and could not be fetched from the hub ({first_line(error)}); check the name, the "
             f"network and, for a gated model, `hf auth login`"
         ) from None
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        raise without_safetensors_on_hub(repo_id, revision)
+    return folder
 
 
 class SafetensorsSource:
@@ -207,6 +210,14 @@ def without_safetensors(folder: Path, single: str) -> SourceError:
             f"runs code; convert them to safetensors first"
         )
     return SourceError(f"{folder} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
+
+
+def without_safetensors_on_hub(repo_id: str, revision: str | None) -> SourceError:
+    """What to say of a repository whose weights, if it has any, are pickled."""
+    return SourceError(
+        f"{repo_id} has no safetensors on the hub at the revision {revision or 'main'}, and pickled weights are never opened "
+        f"because unpickling runs code; name a revision that has them with --revision, or convert them first"
+    )
 
 
 def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loftq.checkpoint.source import INDEX, SINGLE, without_safetensors
-from loftq.errors import SourceError
+from loftq.checkpoint.source import INDEX, SINGLE, without_safetensors, without_safetensors_on_hub
 from loftq.hub.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
@@ -36,10 +35,7 @@ def load_pretrained(cls: Any, model: str | Path, *, revision: str | None = None,
     except OSError as error:
         if f"does not appear to have a file named {SINGLE}" not in str(error):
             raise
-        raise SourceError(
-            f"{model} has no safetensors on the hub at the revision {revision or 'main'}, and pickled weights are never opened "
-            f"because unpickling runs code; name a revision that has them with --revision, or convert them first"
-        ) from None
+        raise without_safetensors_on_hub(str(model), revision) from None
 
 
 def check_safetensors(folder: str | Path) -> None:

@@ -54,11 +54,14 @@ def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
             progress=progress,
             command=step.command,
         ).to_dict()
+    from loftq.evaluate.predictions import write_predictions
     from loftq.finetune.measure import evaluate_task
 
     result, _, _ = evaluate_task(
         given["run"], _given(given["data"]), given["metrics"], progress=progress, **given["options"]
     )
+    if result.predictions:
+        write_predictions(given["predictions"], result.predictions)
     return {**result.metrics, "examples": result.examples}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ class Step:
         arguments: as JSON can hold them. ``quantize``: ``source``, ``revision``, ``out``, ``config`` (fields of
             :class:`loftq.LoftQConfig`). ``train``: ``out``, ``init_from`` or ``model``, ``revision``, ``settings`` (fields
             of :class:`loftq.finetune.settings.TrainSettings`). ``evaluate``: ``run``, ``data`` (fields of
-            :class:`loftq.data.prepare.DataSettings`), ``metrics``, ``options`` (batch size and decoding).
+            :class:`loftq.data.prepare.DataSettings`), ``metrics``, ``options`` (batch size and decoding),
+            ``predictions`` (a file; none is written where there are only likelihoods of texts).
     """
 
     kind: str
@@ -100,6 +102,7 @@ class Step:
         else:
             words = [given["run"], *_data_options(given["data"])]
             words += ["--metrics", ",".join(given["metrics"]), *_changed(given["options"], {})]
+            words += ["--predictions", given["predictions"]]
         return shlex.join(["loftq", self.kind, *map(str, words)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,7 +147,12 @@ def _steps_of(recipe: Recipe, options: Options, method: str) -> Iterator[Step]:
         yield Step(TRAIN, method, seed, {"out": run, **start, "settings": settings})
         for name in recipe.data.evaluate:
             arguments = {"run": run, "data": _data(recipe, options, name), "metrics": list(recipe.metrics)}
-            yield Step(EVALUATE, method, seed, {**arguments, "options": measuring}, name)
+            arguments |= {"options": measuring, "predictions": f"{run}/predictions-{_file_part(name)}.jsonl"}
+            yield Step(EVALUATE, method, seed, arguments, name)
+
+
+def _file_part(evaluation: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", evaluation)
 
 
 def _settings(recipe: Recipe, options: Options, method: str, seed: int) -> dict[str, Any]:
