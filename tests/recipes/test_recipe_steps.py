@@ -95,6 +95,7 @@ def test_order_and_folders():
         "weight_decay": 0.0,
         "num_beams": 1,
         "seed": 0,
+        "rouge_stem": True,
         "metrics": ["accuracy"],
     }
     assert mismatched.arguments["data"]["split"] == "validation_mismatched"
@@ -269,3 +270,13 @@ def test_every_recipe_of_deberta_names_its_revision():
     for name in list_recipes():
         recipe = load_recipe(name)
         assert recipe.revision == ("refs/pr/4" if recipe.model == "microsoft/deberta-v3-base" else None), name
+
+
+def test_rouge_without_stems():
+    recipe = load_recipe("xsum/bart-nf4-r8", ["training.rouge_stem=false"])
+    _, train, evaluate, *_ = plan_steps(recipe, Options(Path("out")))
+    assert train.arguments["settings"]["rouge_stem"] is evaluate.arguments["options"]["rouge_stem"] is False
+    assert "--no-rouge-stem" in train.command
+    assert "--no-rouge-stem" in evaluate.command
+    with pytest.raises(ConfigError, match="rouge_stem is 'no', expected True or False"):
+        load_recipe("xsum/bart-nf4-r8", ["training.rouge_stem='no'"])

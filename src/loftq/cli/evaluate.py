@@ -43,6 +43,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a text that a metric needs.", show_default="the run's, or 256")
     ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of such a text.", show_default="the run's, or 1")] = None,
+    rouge_stem: options.RougeStem = None,
     limit: options.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="For --lm-eval.", show_default="the task's")] = None,
     include_path: Annotated[Path | None, typer.Option(help="For --lm-eval: folder with tasks of your own.")] = None,
@@ -88,6 +89,7 @@ def evaluate(
             "limit": limit,
         }
         decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        decoding |= {"rouge_stem": rouge_stem}
         _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
         size = 1 if batch_size is None else batch_size
@@ -118,9 +120,14 @@ def _task(
     if predictions is not None:
         write_predictions(predictions, result.predictions)
     if json_output:
-        print_json({"model": model, "data": settings.to_dict(), "metrics": result.metrics})
+        rouge = {} if result.rouge is None else {"rouge": result.rouge}
+        print_json({"model": model, "data": settings.to_dict(), "metrics": result.metrics, **rouge})
     else:
         print_metrics(result.metrics)
+        if result.rouge is not None:
+            typer.echo(
+                f"ROUGE {'with' if result.rouge['stem'] else 'without'} stems, sentences by {result.rouge['sentences']}"
+            )
 
 
 def _harness(

@@ -24,7 +24,7 @@ class TrainingRecord:
             one was named; init_from: the quantized folder whose adapter settings held; backbone_sha256: of the packed
             backbone, where there is one.
         labels: the classes in the order of their numbers. heads: modules that were trained from scratch.
-        trainable, parameters: counted weights. data, eval_data: rows, examples and tokens.
+        trainable, parameters: counted weights. data, eval_data: rows, examples and tokens, and what ROUGE is taken with.
         curve: a dict for each step: step, epoch, loss, learning_rate, grad_norm.
         evaluations: a dict for each measurement: step, epoch, metric -> value.
         before, after: metrics at the start and of the result.

@@ -20,6 +20,7 @@ from loftq.data.prepare import positions, prepare, tokenizer_for
 from loftq.errors import SourceError
 from loftq.evaluate.models import load_config
 from loftq.evaluate.predictions import write_predictions
+from loftq.evaluate.rouge import ROUGE, conditions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune import processes
 from loftq.finetune.adapter import trainable_counts
@@ -91,6 +92,8 @@ class Training:
             versions=versions(),
             machine={**machine(), **({"processes": processes.count()} if processes.count() > 1 else {})},
         )
+        if record.eval_data is not None and set(self.metrics) & set(ROUGE):
+            record.eval_data["rouge"] = conditions(settings.rouge_stem)
         self._train(model, examples, held, labels, record, progress)
         record.timing = {
             "seconds": round(time.perf_counter() - started, 3),
@@ -247,5 +250,6 @@ class Training:
                 labels=labels,
                 max_new_tokens=settings.max_new_tokens,
                 num_beams=settings.num_beams,
+                rouge_stem=settings.rouge_stem,
                 advance=advance,
             )

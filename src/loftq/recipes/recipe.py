@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loftq.config import METHODS, PUBLISHED, LoftQConfig, one_of, reject_unknown
+from loftq.config import METHODS, PUBLISHED, LoftQConfig, is_bool, one_of, reject_unknown
 from loftq.data.language import PROMPT, checked_template
 from loftq.errors import ConfigError
 from loftq.recipes import values as read
@@ -74,6 +74,7 @@ class Training:
     max_length: int | None = None
     max_new_tokens: int | None = None
     num_beams: int = 1
+    rouge_stem: bool = True
 
 
 Numbers = Mapping[str, Mapping[str, float | None]]
@@ -209,6 +210,8 @@ def _training(where: str, values: Mapping[str, Any]) -> Training:
     for key, value in values.items():
         if key == "schedule":
             given[key] = read.choice(where, key, value, SCHEDULES)
+        elif key == "rouge_stem":
+            given[key] = is_bool(f"{where}: {key}", value)
         elif value is not None or key not in ("max_steps", "max_length", "max_new_tokens"):
             given[key] = kinds[key](where, key, value)
     return Training(**given)

@@ -140,6 +140,8 @@ def _steps_of(recipe: Recipe, options: Options, method: str) -> Iterator[Step]:
         "max_new_tokens": training["max_new_tokens"] or 256,
         "num_beams": training["num_beams"],
     }
+    if any(name.startswith("rouge") for name in recipe.metrics):
+        measuring["rouge_stem"] = training["rouge_stem"]
     for seed in options.seeds:
         run = str(folder / f"seed-{seed}")
         settings = _settings(recipe, options, method, seed)
@@ -242,7 +244,7 @@ def _changed(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]
 
 def _option(option: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [option] if value else []
+        return [option] if value else [f"--no-{option.removeprefix('--')}"]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [option, ",".join(map(str, value))]
     return [option, format(value, "g") if isinstance(value, float) else str(value)]
