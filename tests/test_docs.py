@@ -188,6 +188,7 @@ def test_relative_links_resolve(page):
 STAND_INS = {
     "MODEL": "tiny-model",
     "path/or/hub-id": "tiny-model",
+    "my-run": "my-model-2bit",
     "microsoft/deberta-v3-base": "deberta",
     "facebook/bart-large": "bart",
     "rajpurkar/squad": "squad",
@@ -196,8 +197,33 @@ STAND_INS = {
 }
 # Options whose values are for models of another size, and what suits one of a few thousand weights.
 SMALL = {"--rank": "8", "--max-new-tokens": "4", "--num-beams": "2"}
-# Commands that need what no machine has by itself: data of the hub, a cluster.
-ELSEWHERE = ("--lm-eval", "--address", "--seeds")
+# Commands that need what no machine has by itself: a cluster.
+ELSEWHERE = ("--address",)
+# What a command with such an option is given besides, so that its data are here.
+BESIDES = {
+    "--lm-eval": ["--include-path", "own-tasks"],
+    "--seeds": [
+        "--local",
+        "sst2-rows",
+        "--model",
+        "deberta",
+        "--set",
+        "training.epochs=1",
+        "--set",
+        "quantization.rank=8",
+    ],
+}
+OWN_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: own-tasks/questions.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
 
 
 def other_commands() -> list:
@@ -253,6 +279,18 @@ def place(tmp_path_factory) -> Path:
             for split in ("train", "validation", "train_r1+train_r2+train_r3", "dev_r1"):
                 if name == "anli" or split in ("train", "validation"):
                     write_rows(Path(name) / f"{split}.jsonl", [row] * 2)
+        for split in ("train", "validation"):
+            Path("sst2-rows").mkdir(exist_ok=True)
+            write_rows(
+                Path("sst2-rows") / f"{split}.jsonl", [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 1}]
+            )
+        Path("own-tasks").mkdir()
+        write_rows(
+            Path("own-tasks/questions.jsonl"),
+            [{"question": "1+1=", "choices": ["2", "3"], "answer": n} for n in (0, 1)],
+        )
+        for name in ("arc_easy", "hellaswag"):
+            Path(f"own-tasks/{name}.yaml").write_text(OWN_TASK.format(name=name), encoding="utf-8")
     return folder
 
 
@@ -262,7 +300,9 @@ def test_other_commands_run(lines, place, tmp_path, monkeypatch, capsys):
     """With small models and data in place of those they name."""
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for number, words in enumerate(lines):
+        words = [*words, *(more for option, given in BESIDES.items() if option in words for more in given)]
         words = [STAND_INS.get(word, word) for word in words]
         words = [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
         for option in ("--out", *(["train"] if words[0] == "train" else [])):

@@ -16,6 +16,7 @@ from tiny import tiny_model
 pytest.importorskip("lm_eval", reason="needs lm_eval")
 
 from loftq.evaluate.lm_eval import run_tasks
+from loftq.evaluate.predictions import read_predictions
 
 QUESTIONS = [
     {"question": "ab", "choices": ["x", "yy", "zzz"], "answer": 0},
@@ -130,8 +131,17 @@ def test_multiple_choice(packed, folder, batch_size, capfd):
     assert set(task["metrics"]) == {"acc", "acc_norm"}
 
 
-def test_limit_and_generation(packed, folder):
-    found = run_tasks(packed, byte_tokenizer(), ["own_choice", "own_text"], limit=2, include_path=str(folder))
+def test_limit_and_generation(packed, folder, tmp_path):
+    options = {"limit": 2, "include_path": str(folder), "predictions": tmp_path / "answers.jsonl"}
+    found = run_tasks(packed, byte_tokenizer(), ["own_choice", "own_text"], **options)
+    rows = read_predictions(tmp_path / "answers.jsonl")
+    assert [row.id for row in rows] == ["own_choice/0", "own_choice/1", "own_text/0", "own_text/1"]
+    assert [row.input for row in rows] == ["ab", "abc d", "ab", "abc d"]
+    likelihoods = [[float(value) for value, _ in row.prediction] for row in rows[:2]]
+    chosen = [scores.index(max(scores)) for scores in likelihoods]
+    assert [row.score for row in rows[:2]] == [float(c == q["answer"]) for c, q in zip(chosen, QUESTIONS, strict=False)]
+    assert all(isinstance(row.prediction, str) for row in rows[2:])
+    assert [row.reference for row in rows[2:]] == ["x", "it"]
     assert list(found["tasks"]) == ["own_choice", "own_text"]
     assert found["limit"] == 2
     assert [task["samples"] for task in found["tasks"].values()] == [2, 2]

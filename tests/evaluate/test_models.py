@@ -46,3 +46,16 @@ def test_unknown_dtype(folders):
 def test_no_tokenizer(folders):
     with pytest.raises(loftq.SourceError, match="has no tokenizer"):
         load_tokenizer(folders / "llama")
+
+
+def test_a_tokenizer_whose_package_is_not_installed(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    monkeypatch.setattr("loftq.evaluate.models._is_installed", lambda name: name != "sentencepiece")
+    with pytest.raises(loftq.SourceError, match=r'needs sentencepiece to be read, .*; pip install "loftq\[train\]"$'):
+        load_tokenizer(tmp_path)
+    monkeypatch.setattr("loftq.evaluate.models._is_installed", lambda name: True)
+    with pytest.raises(loftq.SourceError, match="has no tokenizer that transformers can read"):
+        load_tokenizer(tmp_path)

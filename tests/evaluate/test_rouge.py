@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loftq.errors import ConfigError
-from loftq.evaluate.rouge import ROUGE, pair_scores, score_summaries, split_sentences
+from loftq.evaluate.rouge import ROUGE, conditions, pair_scores, punkt, score_summaries, split_sentences
 
 pytest.importorskip("rouge_score", reason="needs rouge_score")
 
@@ -74,6 +74,36 @@ def test_stemming():
 def test_split_sentences(text, expected):
     assert split_sentences(text)[: len(expected)] == expected
     assert " ".join(split_sentences(text)) == " ".join(text.split())
+
+
+@pytest.fixture
+def fresh_punkt():
+    """Whether punkt is here is asked again, before and after."""
+    punkt.cache_clear()
+    yield
+    punkt.cache_clear()
+
+
+def test_punkt_where_its_data_are_installed(monkeypatch, fresh_punkt):
+    monkeypatch.setattr("nltk.tokenize.sent_tokenize", lambda text: text.split(" | "))
+    assert conditions(stem=True) == {"stem": True, "sentences": "punkt"}
+    one, two = "birds sing at dawn", "they eat seeds at noon"
+    assert scores(f"{one} | {two}", f"{two} | {one}")["rougeLsum"] == pytest.approx(100)
+
+
+def test_a_rule_without_punkt(monkeypatch, fresh_punkt):
+    def refuse(text):
+        raise LookupError("punkt_tab not found")
+
+    monkeypatch.setattr("nltk.tokenize.sent_tokenize", refuse)
+    assert conditions(stem=False) == {"stem": False, "sentences": "rule"}
+    assert scores("Birds sing. They eat.", "They eat. Birds sing.")["rougeLsum"] == pytest.approx(100)
+
+
+@pytest.mark.skipif(punkt() is None, reason="needs the data of nltk's punkt")
+def test_the_rule_and_punkt_find_the_same_sentences():
+    text = "The cat sat on the mat. It was 3.5 years old! Was it happy? It was."
+    assert punkt()(text) == split_sentences(text)
 
 
 def test_means():

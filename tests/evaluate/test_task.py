@@ -114,6 +114,8 @@ def test_metrics_of_written_texts(monkeypatch):
     assert result.metrics["gsm8k"] == 75
     # words of ASCII letters and digits: 1; 1; 0; of "it is two 2 0" one of five and of "2" all: 2 (1/5) / (6/5)
     assert result.metrics["rouge1"] == pytest.approx(100 * (1 + 1 + 0 + 1 / 3) / 4)
+    assert result.rouge["stem"] is True
+    assert result.rouge["sentences"] in ("punkt", "rule")
     assert [p.score for p in result.predictions] == [1, 1, 0, 0]
 
 

@@ -16,6 +16,7 @@ from loftq.data.prepare import DataSettings, prepare
 from loftq.errors import ConfigError
 from loftq.evaluate.generation import generate_ids
 from loftq.evaluate.models import load_tokenizer
+from loftq.evaluate.rouge import conditions
 from loftq.finetune.load import load_run
 from loftq.finetune.measure import evaluate_task
 from loftq.finetune.run import train
@@ -43,6 +44,9 @@ def test_quantize_train_evaluate_reload(request, texts, tmp_path, name):
     assert record.after["rouge1"] > record.before["rouge1"] + 50
     result, _, _ = evaluate_task(str(tmp_path / "run"), {}, progress=False)
     assert result.metrics["rouge1"] == pytest.approx(record.after["rouge1"])
+    assert record.eval_data["rouge"] == result.rouge == conditions(stem=True)
+    words, _, _ = evaluate_task(str(tmp_path / "run"), {"limit": 1}, rouge_stem=False, progress=False)
+    assert words.rouge == conditions(stem=False)
     said = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open(encoding="utf-8")]
     assert [p.prediction for p in result.predictions] == [row["prediction"] for row in said]
     assert {len(row["prediction"]) for row in said} == {4}, said  # "aa a" and no more: it has learned to stop

@@ -13,6 +13,7 @@ import transformers as tf
 import loftq.data.rows
 from letters import letters
 from loftq.errors import ConfigError, OutputError, SourceError
+from loftq.evaluate.predictions import read_predictions
 from loftq.recipes import load_recipe, reproduce
 from loftq.recipes.comparison import Measurement
 from loftq.recipes.local import find_local
@@ -135,6 +136,10 @@ def test_every_step_is_real(stories_dir, tmp_path):
     ]
     found = measurements(tmp_path / "out")
     assert [(m.method, m.examples) for m in found] == [("loftq", 24), ("lora", 24)]
+    for measured in found:
+        rows = read_predictions(tmp_path / "out" / measured.method / "seed-0" / "predictions-validation.jsonl")
+        assert len(rows) == 24
+        assert 100 * sum(row.score for row in rows) / 24 == pytest.approx(measured.metrics["accuracy"])
     assert all(0 <= m.metrics["accuracy"] <= 100 for m in found)
     assert not any(fresh for _, fresh in reproduce.reproduce(recipe, options, progress=False))
 

@@ -96,6 +96,7 @@ def test_order_and_folders():
         "weight_decay": 0.0,
         "num_beams": 1,
         "seed": 0,
+        "rouge_stem": True,
         "metrics": ["accuracy"],
     }
     assert mismatched.arguments["data"]["split"] == "validation_mismatched"
@@ -160,7 +161,7 @@ class Captured(Exception):
 
 
 def capture(source, out, config, **options):
-    raise Captured(str(source), str(out), config)
+    raise Captured(str(source), options["revision"], str(out), config)
 
 
 def test_quantize_commands_mean_what_the_steps_do(monkeypatch):
@@ -175,7 +176,8 @@ def test_quantize_commands_mean_what_the_steps_do(monkeypatch):
         program, *words = shlex.split(step.command)
         with pytest.raises(Captured) as given:
             app(words, standalone_mode=False)
-        expected = step.arguments["source"], step.arguments["out"], LoftQConfig.from_dict(step.arguments["config"])
+        config = LoftQConfig.from_dict(step.arguments["config"])
+        expected = *(step.arguments[name] for name in ("source", "revision", "out")), config
         assert (program, given.value.args) == ("loftq", expected), step.command
 
 
@@ -194,7 +196,7 @@ def test_quantize_command_of_unusual_settings(monkeypatch):
     step = plan_steps(recipe, Options(Path("my out")))[0]
     with pytest.raises(Captured) as found:
         app(shlex.split(step.command)[1:], standalone_mode=False)
-    assert found.value.args == (recipe.model, "my out/qlora/quantized", recipe.loftq_config("qlora"))
+    assert found.value.args == (recipe.model, None, "my out/qlora/quantized", recipe.loftq_config("qlora"))
 
 
 def test_other_commands():
@@ -208,7 +210,7 @@ def test_other_commands():
     assert evaluate.command == (
         "loftq evaluate out/qlora/seed-3 --task completion --data openai/gsm8k:main --split test --map question=prompt "
         "--map answer=completion --max-length 512 --prompt-template '{prompt}\n' --metrics gsm8k --batch-size 16 "
-        "--max-new-tokens 256 --num-beams 1"
+        "--max-new-tokens 256 --num-beams 1 --predictions out/qlora/seed-3/predictions-test.jsonl"
     )
     lora = steps("glue/sst2-lora-r16")[0]
     assert "--method lora" in lora.command
@@ -219,7 +221,7 @@ class Trained(Exception):
 
 
 def train_instead(out, settings, **options):
-    raise Trained(str(out), settings, str(options["init_from"] or ""), options["model"])
+    raise Trained(str(out), settings, str(options["init_from"] or ""), options["model"], options["revision"])
 
 
 @pytest.mark.parametrize("name", list_recipes("*/*-r*"))
@@ -235,7 +237,13 @@ def test_train_commands_mean_what_the_steps_do(name, monkeypatch):
             app(shlex.split(step.command)[1:], standalone_mode=False)
         expected = step.arguments
         settings = TrainSettings.from_dict(expected["settings"])
-        assert given.value.args == (expected["out"], settings, expected["init_from"] or "", expected["model"])
+        assert given.value.args == (
+            expected["out"],
+            settings,
+            expected["init_from"] or "",
+            expected["model"],
+            expected["revision"],
+        )
 
 
 def test_the_lines_of_a_text_are_joined():
@@ -243,3 +251,40 @@ def test_the_lines_of_a_text_are_joined():
     assert [step.kind for step in found if "--join-rows" in step.command] == [TRAIN, EVALUATE]
     with pytest.raises(ConfigError, match="join_rows is 1, expected true or false"):
         load_recipe("wikitext2/llama2-7b-nf2-r64", ["data.join_rows=1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("microsoft/deberta-v3-base", "refs/pr/4")),
+        ({"revision": "v2"}, ("microsoft/deberta-v3-base", "v2")),
+        ({"model": "microsoft/deberta-v3-base"}, ("microsoft/deberta-v3-base", "refs/pr/4")),
+        ({"model": "my/model"}, ("my/model", None)),
+        ({"model": "my/model", "revision": "v2"}, ("my/model", "v2")),
+    ],
+)
+def test_the_revision_is_of_the_model_that_is_run(options, expected):
+    quantized, trained = steps("glue/sst2-nf2-r16", methods=("loftq",), **options)[:2]
+    assert (quantized.arguments["source"], quantized.arguments["revision"]) == expected
+    assert trained.arguments["revision"] is None, "the quantized folder has none"
+    plain = steps("glue/sst2-lora-r16", methods=("lora",), **options)[0]
+    assert (plain.arguments["model"], plain.arguments["revision"]) == expected
+    for step in (quantized, plain):
+        assert ("--revision" in step.command) == (expected[1] is not None)
+
+
+def test_every_recipe_of_deberta_names_its_revision():
+    """Its main branch has pickled weights alone."""
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        assert recipe.revision == ("refs/pr/4" if recipe.model == "microsoft/deberta-v3-base" else None), name
+
+
+def test_rouge_without_stems():
+    recipe = load_recipe("xsum/bart-nf4-r8", ["training.rouge_stem=false"])
+    _, train, evaluate, *_ = plan_steps(recipe, Options(Path("out")))
+    assert train.arguments["settings"]["rouge_stem"] is evaluate.arguments["options"]["rouge_stem"] is False
+    assert "--no-rouge-stem" in train.command
+    assert "--no-rouge-stem" in evaluate.command
+    with pytest.raises(ConfigError, match="rouge_stem is 'no', expected True or False"):
+        load_recipe("xsum/bart-nf4-r8", ["training.rouge_stem='no'"])

@@ -119,12 +119,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_EXTRAS]
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise SourceError(
             f"{repo_id} is no folder here and could not be fetched from the hub ({first_line(error)}); check the name, the "
             f"network and, for a gated model, `hf auth login`"
         ) from None
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        raise without_safetensors_on_hub(repo_id, revision)
+    return folder
 
 
 class SafetensorsSource:
@@ -176,13 +179,7 @@ class SafetensorsSource:
             return files
         if (self.path / single).exists():
             return [self.path / single]
-        pickled = sorted([*self.path.glob("*.bin"), *self.path.glob("*.pth"), *self.path.glob("*.pt")])
-        if pickled:
-            raise SourceError(
-                f"{self.path} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
-                f"runs code; convert them to safetensors first"
-            )
-        raise SourceError(f"{self.path} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
+        raise without_safetensors(self.path, single)
 
     def config(self) -> PretrainedConfig:
         return read_config(self.path)
@@ -209,6 +206,25 @@ class SafetensorsSource:
             for file in self.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, out_dir / file.name)
+
+
+def without_safetensors(folder: Path, single: str) -> SourceError:
+    """What to say of a folder that has neither the file ``single`` nor shards with their index."""
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+    if pickled:
+        return SourceError(
+            f"{folder} has only pickled weights ({pickled[0].name}), which are never opened because unpickling "
+            f"runs code; convert them to safetensors first"
+        )
+    return SourceError(f"{folder} has neither {single} nor {INDEX}; expected a folder with a model checkpoint")
+
+
+def without_safetensors_on_hub(repo_id: str, revision: str | None) -> SourceError:
+    """What to say of a repository whose weights, if it has any, are pickled."""
+    return SourceError(
+        f"{repo_id} has no safetensors on the hub at the revision {revision or 'main'}, and pickled weights are never opened "
+        f"because unpickling runs code; name a revision that has them with --revision, or convert them first"
+    )
 
 
 def read_header(file: Path) -> list[tuple[str, TensorInfo, int, int]]:

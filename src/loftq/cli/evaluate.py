@@ -44,6 +44,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a text that a metric needs.", show_default="the run's, or 256")
     ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams of such a text.", show_default="the run's, or 1")] = None,
+    rouge_stem: options.RougeStem = None,
     limit: options.Limit = None,
     num_fewshot: Annotated[int | None, typer.Option(help="For --lm-eval.", show_default="the task's")] = None,
     include_path: Annotated[Path | None, typer.Option(help="For --lm-eval: folder with tasks of your own.")] = None,
@@ -63,11 +64,17 @@ def evaluate(
     asked = [n for n, given in (("--text", text), ("--task or --data", task or data), ("--lm-eval", lm_eval)) if given]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} were given together; give one")
-    if predictions is not None and (text or lm_eval):
+    if predictions is not None and text:
         raise ConfigError("--predictions is for the data of a task; leave it out")
     if lm_eval is not None:
-        size = 1 if batch_size is None else batch_size
-        _harness(model, adapter, not no_adapter, lm_eval, limit, num_fewshot, size, include_path, dtype, json_output)
+        chosen = {
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "batch_size": 1 if batch_size is None else batch_size,
+            "include_path": include_path,
+            "predictions": predictions,
+        }
+        _harness(model, adapter, not no_adapter, lm_eval, chosen, dtype, json_output)
     elif task or data or (is_run(model) and text is None):
         if adapter is not None or no_adapter:
             raise ConfigError("--adapter and --no-adapter are for texts; a task is measured on a run of `loftq train`")
@@ -84,6 +91,7 @@ def evaluate(
             "limit": limit,
         }
         decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        decoding |= {"rouge_stem": rouge_stem}
         _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
         size = 1 if batch_size is None else batch_size
@@ -114,9 +122,14 @@ def _task(
     if predictions is not None:
         write_predictions(predictions, result.predictions)
     if json_output:
-        print_json({"model": model, "data": settings.to_dict(), "metrics": result.metrics})
+        rouge = {} if result.rouge is None else {"rouge": result.rouge}
+        print_json({"model": model, "data": settings.to_dict(), "metrics": result.metrics, **rouge})
     else:
         print_metrics(result.metrics)
+        if result.rouge is not None:
+            typer.echo(
+                f"ROUGE {'with' if result.rouge['stem'] else 'without'} stems, sentences by {result.rouge['sentences']}"
+            )
 
 
 def _harness(
@@ -124,28 +137,20 @@ def _harness(
     adapter: Path | None,
     use_adapter: bool,
     tasks: str,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-    include_path: Path | None,
+    chosen: dict[str, Any],
     dtype: str | None,
     json_output: bool,
 ) -> None:
+    from loftq.checkpoint.writer import check_file
     from loftq.evaluate.lm_eval import run_tasks
     from loftq.evaluate.models import load_tokenizer
     from loftq.report.tables import print_json
     from loftq.report.training import print_harness
 
+    if chosen["predictions"] is not None:
+        check_file(chosen["predictions"], "the predictions")
     loaded = _loaded(model, adapter, use_adapter, dtype)
-    result = run_tasks(
-        loaded,
-        load_tokenizer(model),
-        list(parse.names("--lm-eval", tasks)),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        include_path=include_path,
-    )
+    result = run_tasks(loaded, load_tokenizer(model), list(parse.names("--lm-eval", tasks)), **chosen)
     if json_output:
         print_json({"model": model, **result})
     else:

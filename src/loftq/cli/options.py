@@ -94,6 +94,11 @@ MaxSteps = Annotated[int | None, typer.Option(help="Steps, instead of epochs.", 
 BatchSize = Annotated[int, typer.Option(help="Examples at once.")]
 LearningRate = Annotated[float, typer.Option("--learning-rate", "--lr", help="Largest learning rate.")]
 
+RougeStem = Annotated[
+    bool | None,
+    typer.Option("--rouge-stem/--no-rouge-stem", help="ROUGE of word stems.", show_default="the run's, or stems"),
+]
+
 # models and runs
 Adapter = Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")]
 Window = Annotated[int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")]

@@ -38,6 +38,7 @@ def reproduce(
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of training, with commas; the median is compared.")] = "0",
     model: Annotated[str | None, typer.Option(help="Another model than the recipe's: a folder or a hub id.")] = None,
+    revision: options.Revision = None,
     local: Annotated[
         Path | None, typer.Option(help="Folder with the data as files, such as train.jsonl and validation.jsonl.")
     ] = None,
@@ -72,6 +73,7 @@ def reproduce(
         out=Path("reproduce") / recipe.name if out is None else out,
         methods=parse.names("--methods", methods) or (),
         model=model,
+        revision=revision,
         local={} if local is None else find_local(recipe, Path(os.path.expanduser(local)), chosen),
         limit=limit,
         seeds=_seeds(seeds),
@@ -125,7 +127,8 @@ def _print_dry_run(found: DryRun) -> None:
 
     recipe, options, screen = found.recipe, found.options, console()
     screen.print(f"{recipe.name}: {recipe.table}")
-    screen.print(f"{options.model or recipe.model} on {recipe.data.name}, {recipe.task}")
+    model, revision = options.source(recipe)
+    screen.print(f"{model}{f' at {revision}' if revision else ''} on {recipe.data.name}, {recipe.task}", markup=False)
     screen.print(table({"setting": "left", "value": "left", "not stated in the paper": "left"}, _settings_rows(recipe)))
     if options.local:
         rows = [

@@ -30,6 +30,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Full-precision model, for lora and full.", show_default="the folder's source")
     ] = None,
+    revision: options.Revision = None,
     method: Annotated[str, typer.Option(help="loftq, qlora, lora, full.")] = "loftq",
     epochs: options.Epochs = 3.0,
     max_steps: options.MaxSteps = None,
@@ -65,6 +66,7 @@ def train(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text that a metric needs.")] = 256,
     num_beams: Annotated[int, typer.Option(help="Beams of such a text.")] = 1,
+    rouge_stem: options.RougeStem = None,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Of lora without a quantized folder.")] = 16,
     lora_alpha: Annotated[float | None, typer.Option(help="Likewise.", show_default="the rank")] = None,
     target_modules: Annotated[list[str] | None, typer.Option(help="Likewise.", show_default="all-linear")] = None,
@@ -122,6 +124,7 @@ def train(
         metrics=parse.names("--metrics", metrics),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        rouge_stem=rouge_stem is not False,
         report_to=report_to,
         seed=seed,
     )
@@ -133,6 +136,7 @@ def train(
         settings,
         init_from=init_from,
         model=model,
+        revision=revision,
         resume=resume,
         command=parse.this_command(),
         notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),

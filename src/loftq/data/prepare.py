@@ -242,14 +242,14 @@ def _stored(settings: DataSettings, length: int, config: Any | None) -> Examples
     return stored_examples(ids, settings.data, length, config)
 
 
-def tokenizer_for(model: str, *settings: DataSettings | None) -> Any:
-    """The tokenizer beside a model; ``None`` where there is none and only token ids are read.
+def tokenizer_for(model: str, *settings: DataSettings | None, revision: str | None = None) -> Any:
+    """The tokenizer beside a model; ``None`` where there is none and only token ids are read. ``revision``: of a hub id.
 
     Raises:
         SourceError: there is none, and texts are read.
     """
     try:
-        return load_tokenizer(model)
+        return load_tokenizer(model, revision)
     except SourceError:
         if all(s is None or s.is_stored for s in settings):
             return None

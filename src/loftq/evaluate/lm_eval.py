@@ -38,6 +38,7 @@ from loftq.config import positive_int
 from loftq.errors import ConfigError, SourceError, first_line
 from loftq.evaluate.generation import check_writes
 from loftq.evaluate.models import eval_mode
+from loftq.evaluate.predictions import Prediction, write_predictions
 from loftq.optional import optional_module
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run_tasks(
     batch_size: int = 1,
     seed: int = 0,
     include_path: str | Path | None = None,
+    predictions: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of tasks and groups of tasks, by name.
 
@@ -68,6 +70,9 @@ def run_tasks(
         seed: of Python's, numpy's and torch's random numbers, and of the choice of examples; for the choice, the harness's
             own default is 1234.
         include_path: folder of YAML files of tasks; one of them replaces the harness's task of the same name.
+        predictions: file for what the model answered, as :mod:`loftq.evaluate.predictions` describes it: ``id`` is
+            ``task/number``, ``prediction`` a text, or the log-likelihoods of the choices each with whether it is what the model
+            would write, and ``score`` that of the first metric that is a number for one question.
 
     Returns:
         As JSON can hold it::
@@ -82,7 +87,7 @@ def run_tasks(
     Raises:
         ConfigError: no such task or folder, a task that runs generated code or needs images, more examples than a task
             has, a model that predicts no tokens, or without the package lm_eval.
-        SourceError: a task's file or data do not load.
+        SourceError: a task's file or data do not load. OutputError: the predictions cannot be written.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     positive_int("batch_size", batch_size)
@@ -106,7 +111,11 @@ def run_tasks(
         np.random.seed(seed)
         torch.manual_seed(seed)
         # not `simple_evaluate`: it lists the machine's packages and programs, which takes seconds, and asks git
-        found = _harness("lm_eval.evaluator").evaluate(lm=wrapped, task_dict=loaded, limit=limit, log_samples=False)
+        found = _harness("lm_eval.evaluator").evaluate(
+            lm=wrapped, task_dict=loaded, limit=limit, log_samples=predictions is not None
+        )
+    if predictions is not None:
+        write_predictions(predictions, _answered(found["samples"]))
     return {
         "lm_eval": _harness("lm_eval").__version__,
         "limit": limit,
@@ -199,6 +208,25 @@ def _task(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str,
             for metric, rest in _metrics(values)
         },
     }
+
+
+def _answered(samples: dict[str, list[dict[str, Any]]]) -> Iterator[Prediction]:
+    """A row a question; of several filters of an answer, the first."""
+    for task, rows in samples.items():
+        seen = set()
+        for row in sorted(rows, key=lambda row: row["doc_id"]):
+            if row["doc_id"] in seen:
+                continue
+            seen.add(row["doc_id"])
+            answers = row["filtered_resps"]
+            scores = [row[name] for name in row["metrics"] if isinstance(row.get(name), (bool, int, float))]
+            yield Prediction(
+                f"{task}/{row['doc_id']}",
+                str(row["arguments"][0][0]),
+                answers[0] if len(answers) == 1 else answers,
+                row["target"],
+                float(scores[0]) if scores else None,
+            )
 
 
 def _number(value: Any) -> float | None:

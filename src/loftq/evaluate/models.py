@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import one_of
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import ConfigError, LoftQError, SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -48,12 +49,13 @@ def load_for_inference(
     ``dtype="auto"`` is float32 on the CPU, where half precision is slower or less exact, and the checkpoint's elsewhere.
 
     Raises:
-        SourceError: if there is no such model. ConfigError: for contradicting options.
+        SourceError: if there is no such model, or none in safetensors. ConfigError: for contradicting options.
     """
     import transformers
 
     from loftq.hub.backbone import adapter_config
     from loftq.hub.load import load, load_backbone, with_adapter
+    from loftq.hub.pretrained import load_pretrained
 
     one_of("dtype", dtype, _DTYPES)
     if adapter is not None and not use_adapter:
@@ -69,7 +71,9 @@ def load_for_inference(
             loaded = load_backbone(model, dtype=chosen)
     else:
         try:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=chosen, trust_remote_code=False)
+            loaded = load_pretrained(transformers.AutoModelForCausalLM, model, dtype=chosen)
+        except LoftQError:
+            raise
         except Exception as error:  # transformers and safetensors have many kinds for a damaged file
             raise SourceError(
                 f"{model} does not load as a causal language model ({first_line(error)}); check its files, or name another"
@@ -96,25 +100,40 @@ def check_causal(loaded: nn.Module, name: str | Path) -> None:
         raise SourceError(f"{name} is a {type(base).__name__}, expected a causal language model for this")
 
 
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; ``revision`` is of a hub id.
 
     Raises:
-        SourceError: if there is none.
+        SourceError: if there is none, or a package that it needs is not installed.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except Exception as error:
+        lacking = [name for name in ("sentencepiece", "protobuf") if not _is_installed(name)]
+        # without them transformers takes a file of SentencePiece for one of tiktoken
+        if lacking and any(name in str(error).lower() for name in (*lacking, "tiktoken")):
+            raise SourceError(
+                f"the tokenizer of {model} needs {' and '.join(lacking)} to be read, not installed here; "
+                f'pip install "loftq[train]"'
+            ) from None
         raise SourceError(
             f"{model} has no tokenizer that transformers can read ({first_line(error)}); put the source's tokenizer files "
             f"beside the model"
         ) from None
 
 
-def load_config(model: str | Path) -> PretrainedConfig:
-    """The config of a model, quantized or not.
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def load_config(model: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model, quantized or not; ``revision`` is of a hub id.
 
     Raises:
         SourceError: there is none.
@@ -122,7 +141,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # whatever a file of another shape brings about
         raise SourceError(
             f"{model} has no config.json that transformers can read ({first_line(error)}); expected a model"

@@ -18,14 +18,17 @@ Which of the two a paper's ROUGE-L is:
   hub's own evaluation of facebook/bart-large-cnn has ROUGE-1 42.9, ROUGE-L 30.6 and ROUGE-Lsum 40.0.
 - A reference of XSum is one sentence. Where the prediction is one as well, the two are equal.
 
-The scores of this module are of the same definition, not of the same tokens and sentence ends: compare them with one
-another, and with a table to within some tenths of a point.
+The scores of this module are of the same definition. Sentences are punkt's where its data are installed for nltk, and found
+by a rule otherwise, which :func:`conditions` tells; it matters to ``rougeLsum`` alone. BART's tokens and sentence ends are not
+here: compare its scores to within some tenths of a point.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +52,29 @@ def split_sentences(text: str) -> list[str]:
     return lines if len(lines) > 1 else _SENTENCE_END.sub(r"\1\n", text.strip()).splitlines()
 
 
+@cache
+def punkt() -> Callable[[str], list[str]] | None:
+    """nltk's sentence splitter for English, or ``None`` where nltk or its data are not installed. Nothing is fetched."""
+    try:
+        from nltk.tokenize import sent_tokenize
+
+        sent_tokenize("One. Two.")
+    except (ImportError, LookupError):
+        return None
+    return sent_tokenize
+
+
+def conditions(stem: bool) -> dict[str, Any]:
+    """What the scores are taken with: ``stem``, and ``sentences``, ``punkt`` or ``rule``."""
+    return {"stem": stem, "sentences": "punkt" if punkt() else "rule"}
+
+
 def pair_scores(predictions: Sequence[str], references: Sequence[str], *, stem: bool = True) -> dict[str, list[float]]:
     """F1 of every pair in percent, by the names in :data:`ROUGE`.
 
     Args:
-        predictions, references: one text each; sentences as :func:`split_sentences` finds them. An empty text scores 0.
+        predictions, references: one text each; sentences are lines and, within them, what :func:`punkt` finds; without it,
+            as :func:`split_sentences` finds them. An empty text scores 0.
         stem: compare Porter's stems of the words.
 
     Raises:
@@ -78,4 +99,5 @@ def mean_scores(pairs: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def _lines(text: str) -> str:
-    return "\n".join(split_sentences(text))
+    split = punkt()
+    return "\n".join(split_sentences(text) if split is None else split(text.strip()))

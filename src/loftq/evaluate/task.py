@@ -23,7 +23,7 @@ from loftq.evaluate.metrics import METRICS, score_labels, share_error
 from loftq.evaluate.models import eval_mode
 from loftq.evaluate.perplexity import mean_and_error, perplexity_of
 from loftq.evaluate.predictions import Prediction
-from loftq.evaluate.rouge import ROUGE, mean_scores, pair_scores
+from loftq.evaluate.rouge import ROUGE, conditions, mean_scores, pair_scores
 from loftq.evaluate.squad import best_spans, score_answers
 from loftq.evaluate.squad import f1 as squad_f1
 
@@ -59,11 +59,15 @@ def check_metrics(name: str, metrics: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """``metrics``: name -> value, with standard errors ``…_se`` where they are known; accuracy and the like in percent."""
+    """``metrics``: name -> value, with standard errors ``…_se`` where they are known; accuracy and the like in percent.
+
+    ``rouge``: what ROUGE was taken with, see :func:`loftq.evaluate.rouge.conditions`; ``None`` where it was not taken.
+    """
 
     metrics: dict[str, float | None]
     predictions: list[Prediction]
     examples: int = 0
+    rouge: dict[str, Any] | None = None
 
     @property
     def known(self) -> dict[str, float]:
@@ -82,6 +86,7 @@ def measure(
     labels: Sequence[str] | None = None,
     max_new_tokens: int = 256,
     num_beams: int = 1,
+    rouge_stem: bool = True,
     advance: Advance = lambda what, count: None,
 ) -> Measurement:
     """Measure a model.
@@ -90,7 +95,7 @@ def measure(
         model: of the task's class; set to eval mode for the duration.
         examples: of :func:`loftq.data.prepare.prepare`, not packed. metrics: of :func:`metrics_of`.
         batch_size: examples at once. labels: the classes in the order of their numbers.
-        max_new_tokens, num_beams: of texts that a metric needs.
+        max_new_tokens, num_beams: of texts that a metric needs. rouge_stem: ROUGE compares Porter's stems of words.
         advance: called with what is done and how many examples of it.
 
     Raises:
@@ -102,7 +107,17 @@ def measure(
     with eval_mode(model):
         collator = Collator(examples.task, padding_id(model, tokenizer))
         run = _Run(
-            model, tokenizer, examples, metrics, collator, batch_size, labels, max_new_tokens, num_beams, advance
+            model,
+            tokenizer,
+            examples,
+            metrics,
+            collator,
+            batch_size,
+            labels,
+            max_new_tokens,
+            num_beams,
+            rouge_stem,
+            advance,
         )
         found = {
             "classification": run.labels_or_values,
@@ -110,9 +125,10 @@ def measure(
             "qa": run.answers,
             "summarization": run.summaries,
         }.get(examples.task, run.language)()
+    rouge = conditions(rouge_stem) if set(found.metrics) & set(ROUGE) else None
     order = [m for name in metrics for m in (name, f"{name}_se") if m in found.metrics]
     rest = [m for m in found.metrics if m not in order]
-    return Measurement({m: found.metrics[m] for m in (*order, *rest)}, found.predictions, examples.rows)
+    return Measurement({m: found.metrics[m] for m in (*order, *rest)}, found.predictions, examples.rows, rouge)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,7 @@ class _Run:
     names: Sequence[str] | None
     max_new_tokens: int
     num_beams: int
+    rouge_stem: bool
     advance: Advance
 
     def batches(self) -> list[list[Example]]:
@@ -206,7 +223,7 @@ class _Run:
 
     def summaries(self) -> Measurement:
         texts = self.generated([e.input_ids.tolist() for e in self.examples])
-        rouge = pair_scores(texts, self.references)
+        rouge = pair_scores(texts, self.references, stem=self.rouge_stem)
         return Measurement(dict(mean_scores(rouge)), self.written(texts, [s / 100 for s in rouge["rougeL"]]))
 
     @property
@@ -243,7 +260,7 @@ class _Run:
             texts, wanted = self.generated([_prompt_ids(e) for e in self.examples]), self.references
             scores: dict[str, list[float]] = {}
             if set(generated) & set(ROUGE):
-                rouge = pair_scores(texts, wanted)
+                rouge = pair_scores(texts, wanted, stem=self.rouge_stem)
                 means = mean_scores(rouge)
             for name in generated:
                 if name in ROUGE:

@@ -45,7 +45,7 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
         start, settings = Start(str(folder)), settings.replace(dtype=dtype or "float32")  # as trained and measured
         return _placed(load_base(start, settings, record.labels)), record
     _check_backbone(folder, record)
-    start = Start(record.base)
+    start = Start(record.base, revision=record.revision)
     base = load_base(start, settings, record.labels)
     return _placed(with_adapter(base, folder)), record
 

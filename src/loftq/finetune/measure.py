@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loftq.config import one_of, positive_int
+from loftq.config import is_bool, one_of, positive_int
 from loftq.data.prepare import DataSettings, prepare, tokenizer_for
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
@@ -26,6 +26,7 @@ def evaluate_task(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
+    rouge_stem: bool | None = None,
     progress: bool = True,
 ) -> tuple[Measurement, DataSettings, list[str]]:
     """Measure a run of ``loftq train``, or another model that has the task's head.
@@ -36,6 +37,7 @@ def evaluate_task(
         metrics: ``None`` for the run's, or the task's own.
         dtype: ``None`` for the run's, or ``auto``. batch_size: examples at once; ``None`` for the run's, or 1.
         max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
+        rouge_stem: ROUGE compares Porter's stems of words; ``None`` for the run's, or yes.
 
     Returns:
         The measurement, what it was taken on, and a sentence for each thing that happened to rows.
@@ -44,8 +46,10 @@ def evaluate_task(
         SourceError: a model or data that cannot be used. ConfigError: settings that do not fit.
     """
     asked = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
-    given = {name: positive_int(name, value) for name, value in asked.items() if value is not None}
-    usual = {"batch_size": 1, "max_new_tokens": 256, "num_beams": 1}
+    given: dict[str, Any] = {name: positive_int(name, value) for name, value in asked.items() if value is not None}
+    usual: dict[str, Any] = {"batch_size": 1, "max_new_tokens": 256, "num_beams": 1, "rouge_stem": True}
+    if rouge_stem is not None:
+        given["rouge_stem"] = is_bool("rouge_stem", rouge_stem)
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
@@ -58,6 +62,7 @@ def evaluate_task(
         labels = record.labels
         trained = record.train_settings
         usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
+        usual["rouge_stem"] = trained.rouge_stem
         usual["batch_size"] = trained.eval_batch_size or trained.batch_size
     else:
         if "task" not in changes or "data" not in changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from loftq.finetune.adapter import (
 from loftq.finetune.settings import TrainSettings
 from loftq.hub.adapter import know_experts
 from loftq.hub.backbone import read_quantization_config
+from loftq.hub.pretrained import load_pretrained
 from loftq.report.record import QuantizationReport
 
 if TYPE_CHECKING:
@@ -43,10 +45,12 @@ class Start:
     Attributes:
         base: the quantized folder, or the full-precision model's folder or hub id.
         folder: the quantized folder whose adapter settings hold, if any.
+        revision: of a hub id; ``None`` for its main branch.
     """
 
     base: str
     folder: Path | None = None
+    revision: str | None = None
 
     @property
     def quantized(self) -> bool:
@@ -54,16 +58,22 @@ class Start:
         return self.folder is not None and self.base == str(self.folder)
 
 
-def find_start(method: str, init_from: str | Path | None, model: str | None) -> Start:
+def find_start(method: str, init_from: str | Path | None, model: str | None, revision: str | None = None) -> Start:
     """Which model a method trains.
 
     Args:
         init_from: a quantized folder. model: a full-precision model, for ``lora`` and ``full``; by default the source that
-            the quantized folder names.
+            the quantized folder names. revision: of ``model``, a hub id.
 
     Raises:
-        ConfigError: a method without the model that it needs. SourceError: there is no such model.
+        ConfigError: a method without the model that it needs, or a revision of what has none. SourceError: there is no such
+            model.
     """
+    if revision is not None and (model is None or os.path.exists(model)):
+        raise ConfigError(
+            f"the revision {revision} is of {'no model' if model is None else f'the folder {model}'}, expected a hub id with "
+            f"--model; leave --revision out"
+        )
     folder = None
     if init_from is not None:
         read_quantization_config(Path(init_from))
@@ -92,7 +102,7 @@ def find_start(method: str, init_from: str | Path | None, model: str | None) -> 
         raise ConfigError(
             f"{model} is quantized, but the method {method} trains a full-precision model; name its source"
         )
-    return Start(model, folder)
+    return Start(model, folder, revision)
 
 
 def build(
@@ -135,7 +145,7 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
     import loftq.hub.quantizer  # noqa: F401 - registers the quantizer
 
     chosen = task(settings.data.task)
-    options: dict[str, Any] = {"dtype": load_dtype(settings.dtype), "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": load_dtype(settings.dtype)}
     if chosen.name == "classification":
         names = list(labels or ())
         options |= {"num_labels": len(names), "problem_type": "single_label_classification"}
@@ -144,8 +154,13 @@ def load_base(start: Start, settings: TrainSettings, labels: Sequence[str] | Non
         options |= {"num_labels": 1, "problem_type": "regression"}
     try:
         with _quiet():  # a new head is no mistake, and what else is missing is said below
-            model, info = getattr(transformers, chosen.model).from_pretrained(
-                start.base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            model, info = load_pretrained(
+                getattr(transformers, chosen.model),
+                start.base,
+                revision=start.revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
             )
     except (LoftQError, MemoryError):
         raise

@@ -20,10 +20,11 @@ class TrainingRecord:
     """One run.
 
     Attributes:
-        settings: the :class:`TrainSettings` as a dict. base: the model that was trained; init_from: the quantized folder
-            whose adapter settings held; backbone_sha256: of the packed backbone, where there is one.
+        settings: the :class:`TrainSettings` as a dict. base: the model that was trained; revision: of it on the hub, where
+            one was named; init_from: the quantized folder whose adapter settings held; backbone_sha256: of the packed
+            backbone, where there is one.
         labels: the classes in the order of their numbers. heads: modules that were trained from scratch.
-        trainable, parameters: counted weights. data, eval_data: rows, examples and tokens.
+        trainable, parameters: counted weights. data, eval_data: rows, examples and tokens, and what ROUGE is taken with.
         curve: a dict for each step: step, epoch, loss, learning_rate, grad_norm.
         evaluations: a dict for each measurement: step, epoch, metric -> value.
         before, after: metrics at the start and of the result.
@@ -49,6 +50,7 @@ class TrainingRecord:
     best_step: int | None = None
     status: str = "unfinished"
     predictions: str | None = None
+    revision: str | None = None
     command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)

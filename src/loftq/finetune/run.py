@@ -29,6 +29,7 @@ def train(
     *,
     init_from: str | Path | None = None,
     model: str | None = None,
+    revision: str | None = None,
     resume: bool = True,
     progress: bool = True,
     command: str | None = None,
@@ -42,6 +43,7 @@ def train(
         init_from: the quantized folder that is trained, or, for ``lora``, whose adapter settings hold. One folder serves
             any number of runs.
         model: the full-precision model for ``lora`` and ``full``; by default the source of ``init_from``.
+        revision: of ``model``, a hub id; by default its main branch.
         resume: continue an interrupted run of the same settings; otherwise start over.
         progress: a bar on a terminal. command: for the record. notice: takes sentences that a user should read.
 
@@ -57,9 +59,10 @@ def train(
     with disk_errors(run):  # its name alone may be too long
         if init_from is None and is_quantized(run):
             init_from, run = run, run / IN_FOLDER
-    start = find_start(settings.method, init_from, model)
+    start = find_start(settings.method, init_from, model, revision)
     processes.check_batch(settings.batch_size)
     folder = {"base": start.base, "folder": start.folder and str(start.folder)}
+    folder |= {} if revision is None else {"revision": revision}
     fingerprint = json.loads(json.dumps({"settings": settings.to_dict(), **folder}))
     with processes.connected():
         if processes.is_main():

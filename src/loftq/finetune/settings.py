@@ -41,7 +41,7 @@ class TrainSettings:
         use_dora: a learned magnitude for each output (DoRA, arXiv 2402.09353).
         lora_dropout: ``None`` for what the quantized folder says.
         metrics: ``None`` for the task's own; the first decides which checkpoint is the best.
-        max_new_tokens, num_beams: of texts that are generated for a metric.
+        max_new_tokens, num_beams: of texts that are generated for a metric. rouge_stem: ROUGE compares Porter's stems.
         report_to: where the curve goes besides ``training.json``.
         seed: of the order of the data, dropout and new weights.
 
@@ -74,6 +74,7 @@ class TrainSettings:
     metrics: tuple[str, ...] | None = None
     max_new_tokens: int = 256
     num_beams: int = 1
+    rouge_stem: bool = True
     report_to: str = "none"
     seed: int = 0
 
@@ -103,6 +104,7 @@ class TrainSettings:
             raise ConfigError(f"seed is {self.seed}, expected less than 4294967296 (2^32)")
         is_bool("gradient_checkpointing", self.gradient_checkpointing)
         is_bool("use_dora", self.use_dora)
+        is_bool("rouge_stem", self.rouge_stem)
         if self.use_dora and self.method == "full":
             raise ConfigError("use_dora is on, but the method full has no adapter; choose one")
         if isinstance(self.metrics, list):

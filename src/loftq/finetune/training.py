@@ -20,6 +20,7 @@ from loftq.data.prepare import positions, prepare, tokenizer_for
 from loftq.errors import SourceError
 from loftq.evaluate.models import load_config
 from loftq.evaluate.predictions import write_predictions
+from loftq.evaluate.rouge import ROUGE, conditions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
 from loftq.finetune import processes
 from loftq.finetune.adapter import trainable_counts
@@ -52,13 +53,13 @@ class Training:
         self.notice = notice
         self.metrics = check_metrics(settings.data.task, settings.metric_names)
         check_reporter(settings.report_to)
-        self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data)
+        self.tokenizer = tokenizer_for(start.base, settings.data, settings.eval_data, revision=start.revision)
 
     def run(self, progress: bool, begin: Callable[[], None]) -> TrainingRecord:
         """``begin`` is called once the data and the model are there, before anything is written."""
         started = time.perf_counter()
         memory = PeakMemory().start()
-        config = load_config(self.start.base)
+        config = load_config(self.start.base, self.start.revision)
         settings = self.settings
         examples, labels = prepare(settings.data, self.tokenizer, config)
         held: Examples | None = None
@@ -77,6 +78,7 @@ class Training:
         record = TrainingRecord(
             settings=settings.to_dict(),
             base=self.start.base,
+            revision=self.start.revision,
             init_from=str(self.start.folder) if self.start.folder else None,
             backbone_sha256=backbone if self.start.quantized else None,
             labels=labels,
@@ -90,6 +92,8 @@ class Training:
             versions=versions(),
             machine={**machine(), **({"processes": processes.count()} if processes.count() > 1 else {})},
         )
+        if record.eval_data is not None and set(self.metrics) & set(ROUGE):
+            record.eval_data["rouge"] = conditions(settings.rouge_stem)
         self._train(model, examples, held, labels, record, progress)
         record.timing = {
             "seconds": round(time.perf_counter() - started, 3),
@@ -246,5 +250,6 @@ class Training:
                 labels=labels,
                 max_new_tokens=settings.max_new_tokens,
                 num_beams=settings.num_beams,
+                rouge_stem=settings.rouge_stem,
                 advance=advance,
             )

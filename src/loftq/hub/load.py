@@ -9,6 +9,7 @@ from loftq.checkpoint.naming import architecture
 from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
 from loftq.hub.adapter import INIT_DIR, know_experts
 from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
+from loftq.hub.pretrained import check_adapter_file, load_pretrained
 from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTr
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         cls = architecture(config) or transformers.AutoModel
-        model, info = cls.from_pretrained(directory, output_loading_info=True, **from_pretrained_kwargs)
+        model, info = load_pretrained(cls, directory, output_loading_info=True, **from_pretrained_kwargs)
     except (LoftQError, MemoryError):
         raise
     except Exception as error:  # transformers and safetensors have many kinds for a damaged file
@@ -81,10 +82,11 @@ def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False
     """``PeftModel.from_pretrained``, for a packed or a dense model.
 
     Raises:
-        SourceError: the adapter is damaged, or another model's.
+        SourceError: the adapter is damaged, pickled, or another model's.
     """
     from peft import PeftModel
 
+    check_adapter_file(adapter_dir)
     know_experts(model)
     try:
         return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)

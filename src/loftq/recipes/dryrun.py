@@ -35,16 +35,16 @@ class ModuleSummary:
     other_weights: int
 
 
-def module_summary(model: str, config: LoftQConfig) -> ModuleSummary | None:
+def module_summary(model: str, config: LoftQConfig, revision: str | None = None) -> ModuleSummary | None:
     """The modules that a configuration selects of a model, from its ``config.json`` alone; ``None`` if that is not here.
 
-    ``model`` is a folder, or a hub id whose configuration is in the cache. Nothing is downloaded.
+    ``model`` is a folder, or a hub id whose configuration at ``revision`` is in the cache. Nothing is downloaded.
 
     Raises:
         SourceError: a configuration that transformers cannot build.
         ConfigError: see :func:`loftq.plan.targets.plan_modules`.
     """
-    folder = _config_folder(model)
+    folder = _config_folder(model, revision)
     if folder is None:
         return None
     from loftq.checkpoint.naming import meta_model
@@ -66,7 +66,7 @@ def module_summary(model: str, config: LoftQConfig) -> ModuleSummary | None:
     )
 
 
-def _config_folder(model: str) -> Path | None:
+def _config_folder(model: str, revision: str | None) -> Path | None:
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder
@@ -74,7 +74,7 @@ def _config_folder(model: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(model, "config.json")
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
     except HFValidationError:
         raise ConfigError(f"{model} does not exist, expected a model's folder or a hub id") from None
     return Path(cached).parent if isinstance(cached, str) else None
@@ -100,9 +100,11 @@ class DryRun:
             name: asdict(replace(split, map=dict(split.map))) | {"file": str(split.file)}
             for name, split in self.options.local.items()
         }
+        source, revision = self.options.source(self.recipe)
         return {
             "recipe": self.recipe.to_dict(),
-            "model": self.options.model or self.recipe.model,
+            "model": source,
+            "revision": revision,
             "local": local,
             "modules": {method: found and asdict(found) for method, found in self.modules.items()},
             "steps": [step.to_dict() for step in self.steps],
@@ -120,7 +122,7 @@ def dry_run(recipe: Recipe, options: Options) -> DryRun:
     for step in steps:
         if step.kind == QUANTIZE:
             config = LoftQConfig.from_dict(step.arguments["config"])
-            modules[step.method] = module_summary(step.arguments["source"], config)
+            modules[step.method] = module_summary(step.arguments["source"], config, step.arguments["revision"])
         elif step.kind == TRAIN:
             TrainSettings.from_dict(step.arguments["settings"])
         else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loftq.config import METHODS, PUBLISHED, LoftQConfig, one_of, reject_unknown
+from loftq.config import METHODS, PUBLISHED, LoftQConfig, is_bool, one_of, reject_unknown
 from loftq.data.language import PROMPT, checked_template
 from loftq.errors import ConfigError
 from loftq.recipes import values as read
@@ -76,6 +76,7 @@ class Training:
     max_length: int | None = None
     max_new_tokens: int | None = None
     num_beams: int = 1
+    rouge_stem: bool = True
 
 
 Numbers = Mapping[str, Mapping[str, float | None]]
@@ -88,7 +89,7 @@ class Recipe:
     Attributes:
         name: such as ``glue/mnli-nf2-r16``.
         table: where its numbers were published.
-        model: hub id.
+        model: hub id. revision: of it; ``None`` for its main branch.
         task: of :data:`TASKS`.
         data, training: see :class:`Data`, :class:`Training`.
         metrics: in the order of the published table.
@@ -113,6 +114,7 @@ class Recipe:
     quantization: Mapping[str, Any] | None = None
     published_size: Mapping[str, float] = field(default_factory=dict)
     seeds: int | None = None
+    revision: str | None = None
     unstated: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -153,6 +155,7 @@ def parse_recipe(name: str, values: Mapping[str, Any], where: str) -> Recipe:
         name=name,
         table=read.text(where, "table", values["table"]),
         model=read.text(where, "model", values["model"]),
+        revision=read.optional(read.text, where, "revision", values.get("revision")),
         task=read.choice(where, "task", values["task"], TASKS),
         data=data,
         training=_training(f"{where}: training", read.mapping(where, "training", values["training"])),
@@ -210,6 +213,8 @@ def _training(where: str, values: Mapping[str, Any]) -> Training:
     for key, value in values.items():
         if key == "schedule":
             given[key] = read.choice(where, key, value, SCHEDULES)
+        elif key == "rouge_stem":
+            given[key] = is_bool(f"{where}: {key}", value)
         elif value is not None or key not in ("max_steps", "max_length", "max_new_tokens"):
             given[key] = kinds[key](where, key, value)
     return Training(**given)

@@ -37,7 +37,12 @@ def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
 
         config = LoftQConfig.from_dict(given["config"])
         return quantize_checkpoint(
-            given["source"], given["out"], config, progress=progress, command=step.command
+            given["source"],
+            given["out"],
+            config,
+            revision=given["revision"],
+            progress=progress,
+            command=step.command,
         ).totals()
     if step.kind == TRAIN:
         from loftq.finetune.run import train
@@ -47,14 +52,18 @@ def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
             TrainSettings.from_dict(given["settings"]),
             init_from=given["init_from"],
             model=given["model"],
+            revision=given["revision"],
             progress=progress,
             command=step.command,
         ).to_dict()
+    from loftq.evaluate.predictions import write_predictions
     from loftq.finetune.measure import evaluate_task
 
     result, _, _ = evaluate_task(
         given["run"], _given(given["data"]), given["metrics"], progress=progress, **given["options"]
     )
+    if result.predictions:
+        write_predictions(given["predictions"], result.predictions)
     return {**result.metrics, "examples": result.examples}
 
 
@@ -117,6 +126,7 @@ class _State:
     def __init__(self, folder: Path, recipe: Recipe, options: Options) -> None:
         local = {name: str(split.file) for name, split in options.local.items()}
         same = {"recipe": recipe.to_dict(), "model": options.model, "limit": options.limit, "local": local}
+        same |= {"revision": options.revision}
         same = json.loads(json.dumps(same))
         self.file = folder / RESULTS
         self.values: dict[str, Any] = {**same, "done": [], "measured": []}

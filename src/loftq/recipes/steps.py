@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ class Options:
     Attributes:
         out: folder for everything that is written.
         methods: which to run; empty for those with a published number.
-        model: another model than the recipe's, to shrink it.
+        model: another model than the recipe's, to shrink it. revision: of the model on the hub; by default the recipe's, and
+            for another model its main branch.
         local: files in place of the hub's data set, from :func:`loftq.recipes.local.find_local`.
         limit: only the first examples of every split.
         seeds: of training; the model is quantized once a method.
@@ -39,6 +41,7 @@ class Options:
     out: Path
     methods: tuple[str, ...] = ()
     model: str | None = None
+    revision: str | None = None
     local: Mapping[str, LocalSplit] = field(default_factory=dict)
     limit: int | None = None
     seeds: tuple[int, ...] = (0,)
@@ -51,6 +54,11 @@ class Options:
         for seed in self.seeds:
             positive_int("seed", seed, 0)
 
+    def source(self, recipe: Recipe) -> tuple[str, str | None]:
+        """The model that is run, and its revision on the hub."""
+        same = self.model in (None, recipe.model)
+        return self.model or recipe.model, self.revision or (recipe.revision if same else None)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -59,10 +67,11 @@ class Step:
     Attributes:
         kind: ``quantize``, ``train`` or ``evaluate``.
         method: what of the recipe it is for. seed: of training. evaluation: which one, of an ``evaluate``.
-        arguments: as JSON can hold them. ``quantize``: ``source``, ``out``, ``config`` (fields of
-            :class:`loftq.LoftQConfig`). ``train``: ``out``, ``init_from`` or ``model``, ``settings`` (fields of
-            :class:`loftq.finetune.settings.TrainSettings`). ``evaluate``: ``run``, ``data`` (fields of
-            :class:`loftq.data.prepare.DataSettings`), ``metrics``, ``options`` (batch size and decoding).
+        arguments: as JSON can hold them. ``quantize``: ``source``, ``revision``, ``out``, ``config`` (fields of
+            :class:`loftq.LoftQConfig`). ``train``: ``out``, ``init_from`` or ``model``, ``revision``, ``settings`` (fields
+            of :class:`loftq.finetune.settings.TrainSettings`). ``evaluate``: ``run``, ``data`` (fields of
+            :class:`loftq.data.prepare.DataSettings`), ``metrics``, ``options`` (batch size and decoding),
+            ``predictions`` (a file; none is written where there are only likelihoods of texts).
     """
 
     kind: str
@@ -81,14 +90,19 @@ class Step:
     def command(self) -> str:
         """The equivalent command line."""
         given = self.arguments
+        revision = ["--revision", given["revision"]] if given.get("revision") else []
         if self.kind == QUANTIZE:
-            words = [given["source"], "--out", given["out"], *_quantize_options(LoftQConfig.from_dict(given["config"]))]
+            words = [given["source"], *revision, "--out", given["out"]]
+            words += _quantize_options(LoftQConfig.from_dict(given["config"]))
         elif self.kind == TRAIN:
-            start = ["--init-from", given["init_from"]] if given["init_from"] else ["--model", given["model"]]
+            start = (
+                ["--init-from", given["init_from"]] if given["init_from"] else ["--model", given["model"], *revision]
+            )
             words = [given["out"], *start, *_train_options(given["settings"])]
         else:
             words = [given["run"], *_data_options(given["data"])]
             words += ["--metrics", ",".join(given["metrics"]), *_changed(given["options"], {})]
+            words += ["--predictions", given["predictions"]]
         return shlex.join(["loftq", self.kind, *map(str, words)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,27 +126,35 @@ def plan_steps(recipe: Recipe, options: Options) -> list[Step]:
 
 
 def _steps_of(recipe: Recipe, options: Options, method: str) -> Iterator[Step]:
-    source = options.model or recipe.model
+    source, revision = options.source(recipe)
     folder = options.out / method
     init_from: str | None = None
     model: str | None = source
     if method in METHODS:
         init_from, model = str(folder / "quantized"), None
         config = recipe.loftq_config(method).to_dict()
-        yield Step(QUANTIZE, method, 0, {"source": source, "out": init_from, "config": config})
+        yield Step(QUANTIZE, method, 0, {"source": source, "revision": revision, "out": init_from, "config": config})
     training = dataclasses.asdict(recipe.training)
     measuring = {
         "batch_size": training["batch_size"],
         "max_new_tokens": training["max_new_tokens"] or 256,
         "num_beams": training["num_beams"],
     }
+    if any(name.startswith("rouge") for name in recipe.metrics):
+        measuring["rouge_stem"] = training["rouge_stem"]
     for seed in options.seeds:
         run = str(folder / f"seed-{seed}")
         settings = _settings(recipe, options, method, seed)
-        yield Step(TRAIN, method, seed, {"out": run, "init_from": init_from, "model": model, "settings": settings})
+        start = {"init_from": init_from, "model": model, "revision": revision if model else None}
+        yield Step(TRAIN, method, seed, {"out": run, **start, "settings": settings})
         for name in recipe.data.evaluate:
             arguments = {"run": run, "data": _data(recipe, options, name), "metrics": list(recipe.metrics)}
-            yield Step(EVALUATE, method, seed, {**arguments, "options": measuring}, name)
+            arguments |= {"options": measuring, "predictions": f"{run}/predictions-{_file_part(name)}.jsonl"}
+            yield Step(EVALUATE, method, seed, arguments, name)
+
+
+def _file_part(evaluation: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", evaluation)
 
 
 def _settings(recipe: Recipe, options: Options, method: str, seed: int) -> dict[str, Any]:
@@ -223,7 +245,7 @@ def _changed(values: Mapping[str, Any], default: Mapping[str, Any]) -> list[str]
 
 def _option(option: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [option] if value else []
+        return [option] if value else [f"--no-{option.removeprefix('--')}"]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [option, ",".join(map(str, value))]
     return [option, format(value, "g") if isinstance(value, float) else str(value)]
