@@ -213,7 +213,7 @@ def test_evaluating_a_run_wrongly(mistake, trained):
     assert "--text and --task or --data were given together" in mistake(
         "evaluate", folder, "--text", "pydoc", "--data", "a.jsonl"
     )
-    assert "a task is measured on a run" in mistake("evaluate", folder, "--no-adapter")
+    assert "--no-adapter is for a text or --lm-eval" in mistake("evaluate", folder, "--no-adapter")
 
 
 def test_a_run_is_evaluated_as_it_was_measured(llama, sums, tmp_path, monkeypatch):

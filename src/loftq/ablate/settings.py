@@ -106,7 +106,8 @@ class Ablation:
 
     def fingerprint(self, source: Source) -> dict[str, Any]:
         """What all cells of a folder have in common; values of factors may be added by a later command."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("sweep", "keep", "train")]
+        unused = {"sweep", "keep", "train", *(("max_tokens", "window") if self.text is None else ())}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in unused]
         values: dict[str, Any] = {"kind": "ablation", **{name: getattr(self, name) for name in names}}
         values["fine_tuning"] = self.train is not None
         if self.train is not None:

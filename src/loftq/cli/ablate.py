@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.follow import follow
 from loftq.cli.quiet import quiet_transformers
 from loftq.config import CODEBOOKS, METHODS, SCALE_DTYPES, SCALES, LoftQConfig
@@ -22,6 +22,7 @@ _DEFAULT = LoftQConfig()
 
 
 def ablate(
+    context: typer.Context,
     model: options.Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables; an earlier run continues.")],
     iters: Annotated[str, typer.Option("--iters", help="Alternations T, with commas; 0 is QLoRA.")] = "5",
@@ -99,6 +100,8 @@ def ablate(
     from loftq.report.plots import require_matplotlib
     from loftq.report.tables import print_json
 
+    uses = [counts.TRAINING] if task is not None or data is not None or eval_data is not None else []
+    counts.refuse_strays(context, *uses, *([counts.PERPLEXITY] if text is not None else []))
     given = {
         "iters": iters,
         "rank": rank,
@@ -119,6 +122,7 @@ def ablate(
         max_tokens=max_tokens,
         window=window,
         train=_training(
+            context,
             task,
             data,
             eval_data,
@@ -213,10 +217,8 @@ def _base(value: str | None) -> dict[str, Any]:
     return found
 
 
-_ONLY_TRAINING = ("max_steps", "metrics", "map", "labels", "max_length", "eval-split", "limit", "eval-limit")
-
-
 def _training(
+    context: typer.Context,
     task: str | None,
     data: str | None,
     eval_data: str | None,
@@ -232,21 +234,16 @@ def _training(
     from loftq.finetune.settings import TrainSettings
 
     if task is None and data is None and eval_data is None:
-        given = {**options, **prepared, "eval-split": eval_split, "limit": limit, "eval-limit": eval_limit}
-        stray = [name for name in _ONLY_TRAINING if given[name]]
-        if stray:
-            raise ConfigError(
-                f"--{stray[0].replace('_', '-')} is for fine-tuning, which needs --task, --data and --eval-data; add them or "
-                f"leave it out"
-            )
         return None
     if task is None or data is None:
         missing = "--task" if task is None else "--data"
         raise ConfigError(f"fine-tuning needs --task and --data, but {missing} is missing; add it")
     source = DataSettings(task=task, data=data, split=split, limit=limit, **prepared)
+    counts.refuse_split(context, "split", source)
     held = None
     if eval_data is not None or eval_split is not None:
         held = source.replace(data=eval_data or data, split=eval_split or "validation", limit=eval_limit)
+        counts.refuse_split(context, "eval_split", held)
     return TrainSettings(data=source, eval_data=held, **options)
 
 

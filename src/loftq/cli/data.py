@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.quiet import quiet_transformers
+from loftq.config import positive_int
 
 data = typer.Typer(help="Look at training data before training on it.", no_args_is_help=True)
 
@@ -19,6 +20,7 @@ def _data() -> None:
 
 @data.command()
 def check(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id whose tokenizer and chat template are used.")],
     task: Annotated[str, typer.Option(help=parse.TASK_HELP)],
     data: options.Data,
@@ -38,6 +40,8 @@ def check(
     """Show what rows become: tokens, which of them a model learns to predict, lengths, labels, and what is cut."""
     from loftq.data.prepare import DataSettings
 
+    counts.refuse_strays(context, counts.of_task(task))
+    positive_int("show", show, 0)
     settings = DataSettings(
         task=task,
         data=data,
@@ -52,6 +56,7 @@ def check(
         prompt_template=prompt_template,
         limit=limit,
     )
+    counts.refuse_split(context, "split", settings)
     quiet_transformers()
     from loftq.data.check import label_text, summary, tokens
     from loftq.data.prepare import prepare, tokenizer_for

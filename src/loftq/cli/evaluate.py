@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
+if TYPE_CHECKING:
+    from loftq.data.prepare import DataSettings
+
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Run of `loftq train`, quantized folder, or a model's folder or hub id.")
     ],
@@ -64,9 +68,8 @@ def evaluate(
     asked = [n for n, given in (("--text", text), ("--task or --data", task or data), ("--lm-eval", lm_eval)) if given]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} were given together; give one")
-    if predictions is not None and text:
-        raise ConfigError("--predictions is for the data of a task; leave it out")
     if lm_eval is not None:
+        counts.refuse_strays(context, counts.HARNESS)
         chosen = {
             "limit": limit,
             "num_fewshot": num_fewshot,
@@ -76,8 +79,10 @@ def evaluate(
         }
         _harness(model, adapter, not no_adapter, lm_eval, chosen, dtype, json_output)
     elif task or data or (is_run(model) and text is None):
-        if adapter is not None or no_adapter:
-            raise ConfigError("--adapter and --no-adapter are for texts; a task is measured on a run of `loftq train`")
+        known = _known_data(model, task, data)
+        counts.refuse_strays(context, counts.TASK_DATA, *([counts.of_task(known.task)] if known else []))
+        if known is not None:
+            counts.refuse_split(context, "split", known)
         changes: dict[str, Any] = {
             "task": task,
             "data": data,
@@ -94,8 +99,22 @@ def evaluate(
         decoding |= {"rouge_stem": rouge_stem}
         _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
+        counts.refuse_strays(context, counts.TEXT)
         size = 1 if batch_size is None else batch_size
         _text(model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, size, dtype, json_output)
+
+
+def _known_data(model: str, task: str | None, data: str | None) -> DataSettings | None:
+    """The data that a task is measured on, as far as the options and the run, if it is one, say."""
+    from loftq.data.prepare import DataSettings
+    from loftq.finetune.load import is_run
+    from loftq.finetune.record import TrainingRecord
+
+    if not is_run(model):
+        return None if task is None or data is None else DataSettings(task, data)
+    trained = TrainingRecord.load(model).train_settings
+    known = trained.eval_data or trained.data
+    return known if data is None else known.replace(data=data)
 
 
 def _task(

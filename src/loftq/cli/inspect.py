@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
+    context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder that `loftq quantize` has written.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Also read all weights and compare their hashes.")] = False,
     memory: Annotated[
@@ -80,22 +81,12 @@ def inspect(
         "adapter_dtype": adapter_dtype,
         "revision": revision,
     }
-    training_options = {
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "length": length,
-        "gradient_checkpointing": gradient_checkpointing,
-        "device": device,
-    }
     given = {name: value for name, value in quantizer.items() if value is not None and value is not False}
     if (folder is None) == (config is None):
         raise typer.BadParameter("give a quantized folder, or --config for a model that is not quantized")
-    if config is None:
-        _refuse(given, "is for --config; a folder is quantized already")
-    else:
-        _refuse({"check": check}, "is for a quantized folder")
+    uses = [counts.FOLDER] if config is None else [counts.CONFIG]
+    counts.refuse_strays(context, *uses, *([counts.MEMORY] if memory else []))
     if folder is not None and not memory:
-        _refuse(training_options, "is for --memory or --config")
         _show_report(folder, check, json_output)
         return
     quiet_transformers()
@@ -130,15 +121,6 @@ def inspect(
         print_training(training)
     if problem is not None:
         typer.echo(f"no training memory: {problem}")
-
-
-def _refuse(options: dict[str, Any], reason: str) -> None:
-    """A :class:`ConfigError` if one of the options was given."""
-    from loftq.errors import ConfigError
-
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise ConfigError(f"--{name.replace('_', '-')} {reason}; leave it out")
 
 
 def _show_report(folder: Path, check: bool, json_output: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.quiet import quiet_transformers
 from loftq.errors import ConfigError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def reproduce(
+    context: typer.Context,
     name: Annotated[
         str | None, typer.Argument(help="A recipe, or a file of one's own; with --list, a pattern such as 'glue/*'.")
     ] = None,
@@ -54,6 +55,7 @@ def reproduce(
 ) -> None:
     """Run an experiment of the paper: quantize, train, evaluate, and print measured beside published."""
     if list_all:
+        counts.refuse_strays(context)
         _list(name, json_output)
         return
     if name is None:

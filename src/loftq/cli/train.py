@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from loftq.cli import options, parse
+from loftq.cli import counts, options, parse
 from loftq.cli.quiet import quiet_transformers
 
 
 def train(
+    context: typer.Context,
     out: Annotated[
         Path,
         typer.Argument(
@@ -69,6 +70,7 @@ def train(
     rouge_stem: options.RougeStem = None,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Of lora without a quantized folder.")] = 16,
     lora_alpha: Annotated[float | None, typer.Option(help="Likewise.", show_default="the rank")] = None,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Likewise: scale by alpha / sqrt(r).")] = False,
     target_modules: Annotated[list[str] | None, typer.Option(help="Likewise.", show_default="all-linear")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Dropout.", show_default="the quantized folder's")] = None,
     use_dora: Annotated[bool, typer.Option("--use-dora", help="Learn magnitudes apart (DoRA).")] = False,
@@ -78,9 +80,18 @@ def train(
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Fine-tune the adapter of a quantized folder, or a baseline to compare with."""
+    from loftq.checkpoint.writer import disk_errors
     from loftq.data.prepare import DataSettings
+    from loftq.evaluate.models import is_quantized
     from loftq.finetune.settings import TrainSettings
 
+    with disk_errors(out):  # its name alone may be too long
+        has_folder = init_from is not None or is_quantized(out)
+    uses = [counts.of_task(task)]
+    uses += [counts.NEW_ADAPTER] if method == "lora" and not has_folder else []
+    uses += [counts.ADAPTER] if method != "full" else []
+    uses += [counts.MEASURED] if eval_data is not None or eval_split is not None else []
+    counts.refuse_strays(context, *uses)
     source = DataSettings(
         task=task,
         data=data,
@@ -95,9 +106,11 @@ def train(
         prompt_template=prompt_template,
         limit=limit,
     )
+    counts.refuse_split(context, "split", source)
     held = None
     if eval_data is not None or eval_split is not None:
         held = source.replace(data=eval_data or data, split=eval_split or "validation", limit=eval_limit, packing=None)
+        counts.refuse_split(context, "eval_split", held)
     settings = TrainSettings(
         data=source,
         eval_data=held,
@@ -119,6 +132,7 @@ def train(
         rank=rank,
         lora_alpha=lora_alpha,
         target_modules=parse.module_patterns(target_modules) or "all-linear",
+        use_rslora=use_rslora,
         use_dora=use_dora,
         lora_dropout=lora_dropout,
         metrics=parse.names("--metrics", metrics),

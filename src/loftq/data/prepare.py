@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,16 @@ class DataSettings:
     def is_stored(self) -> bool:
         """Whether the data are token ids."""
         return self.task == "causal" and is_stored(self.data)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the data are a single file, which has no splits."""
+        return self.is_stored or os.path.isfile(os.path.expanduser(self.data))
+
+    def is_of_rows_of(self, other: DataSettings) -> bool:
+        """Whether both read the same file, or the same split of a folder or a hub data set."""
+        here, there = (os.path.realpath(os.path.expanduser(s.data)) for s in (self, other))
+        return here == there and (self.is_file or self.split == other.split)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "labels": list(self.labels)}

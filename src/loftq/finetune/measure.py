@@ -93,6 +93,12 @@ def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSett
     known = trained.eval_data or trained.data
     if changes.get("task", known.task) != known.task:
         raise ConfigError(f"the run was trained for {known.task}, expected no other --task than that")
+    labels = list(changes.get("labels") or ())
+    if labels and record.labels and labels != record.labels:
+        raise ConfigError(
+            f"labels is {', '.join(labels)}, but the run was trained for the classes {', '.join(record.labels)} in this order; "
+            f"leave --labels out"
+        )
     if trained.eval_data is None and "data" not in changes:
         raise ConfigError("the run had nothing to measure on; say what with --data")
     changes = {"limit": None, **changes} if "data" in changes else dict(changes)

@@ -238,6 +238,7 @@ def _with_adapter(start: Start, settings: TrainSettings, model: PreTrainedModel,
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
+            use_rslora=settings.use_rslora,
             lora_dropout=settings.lora_dropout or 0.0,
             target_modules=settings.target_modules
             if isinstance(settings.target_modules, str)

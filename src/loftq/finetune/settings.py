@@ -37,7 +37,7 @@ class TrainSettings:
         gradient_checkpointing: compute activations again in the backward pass.
         eval_steps: steps between two measurements and checkpoints; ``None`` for each epoch.
         patience: stop after so many measurements without improvement; ``None`` never.
-        rank, lora_alpha, target_modules: of ``lora`` without a quantized folder.
+        rank, lora_alpha, use_rslora, target_modules: of ``lora`` without a quantized folder.
         use_dora: a learned magnitude for each output (DoRA, arXiv 2402.09353).
         lora_dropout: ``None`` for what the quantized folder says.
         metrics: ``None`` for the task's own; the first decides which checkpoint is the best.
@@ -68,6 +68,7 @@ class TrainSettings:
     patience: int | None = None
     rank: int = 16
     lora_alpha: float | None = None
+    use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
     use_dora: bool = False
     lora_dropout: float | None = None
@@ -103,6 +104,7 @@ class TrainSettings:
         if positive_int("seed", self.seed, 0) >= 2**32:  # numpy's limit
             raise ConfigError(f"seed is {self.seed}, expected less than 4294967296 (2^32)")
         is_bool("gradient_checkpointing", self.gradient_checkpointing)
+        is_bool("use_rslora", self.use_rslora)
         is_bool("use_dora", self.use_dora)
         is_bool("rouge_stem", self.rouge_stem)
         if self.use_dora and self.method == "full":

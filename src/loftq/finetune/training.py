@@ -37,7 +37,7 @@ from loftq.finetune.watch import Divergence, Patience, Progress
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
 from loftq.report.progress import bar
-from loftq.report.system import PeakMemory, machine, versions
+from loftq.report.system import TRAINING_PACKAGES, PeakMemory, machine, versions
 
 
 class Training:
@@ -67,6 +67,11 @@ class Training:
             unpacked = settings.eval_data.replace(packing=False if settings.eval_data.task != "causal" else None)
             held, _ = prepare(unpacked, self.tokenizer, config, labels=labels)
         notes = [*examples.notes(), *(held.notes() if held else [])]
+        if settings.eval_data is not None and settings.eval_data.is_of_rows_of(settings.data):
+            notes.append(
+                f"{settings.eval_data.data} is both trained and measured on, so the metrics do not say how the model does on "
+                f"new rows; name other data with --eval-data"
+            )
         for note in notes:
             self.notice(note)
         model, heads = build(self.start, settings, labels)
@@ -89,7 +94,7 @@ class Training:
             eval_data=summary(held, labels) if held else None,
             notes=notes,
             command=self.command,
-            versions=versions(),
+            versions=versions(*TRAINING_PACKAGES),
             machine={**machine(), **({"processes": processes.count()} if processes.count() > 1 else {})},
         )
         if record.eval_data is not None and set(self.metrics) & set(ROUGE):

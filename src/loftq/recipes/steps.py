@@ -226,7 +226,9 @@ def _train_options(settings: Mapping[str, Any]) -> list[str]:
 def _data_options(data: Mapping[str, Any]) -> list[str]:
     """Options that give these data settings."""
     default = {f.name: f.default for f in dataclasses.fields(DataSettings)}
-    words = ["--task", data["task"], "--data", data["data"], "--split", data["split"]]
+    words = ["--task", data["task"], "--data", data["data"]]
+    if not DataSettings(data["task"], data["data"]).is_file:
+        words += ["--split", data["split"]]
     for column, role in data["map"].items():
         words += ["--map", f"{column}={role}"]
     rest = {k: v for k, v in data.items() if k not in ("task", "data", "split", "map")}

@@ -10,11 +10,14 @@ from pathlib import Path
 
 _PACKAGES = ("loftq", "torch", "transformers", "peft", "safetensors", "numpy", "numba")
 
+TRAINING_PACKAGES = ("accelerate", "datasets", "tokenizers", "scikit-learn", "rouge_score")
+"""Packages that decide what a fine-tuning or its metrics give beside those of :func:`versions`."""
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on, ``more`` among them, as far as they are installed."""
     found = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
