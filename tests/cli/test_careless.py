@@ -50,7 +50,7 @@ DATA = {
         "a.jsonl, line 2: text is 5, expected a text",
     ),
     "zeros": ("llama", {"a.jsonl": b'{"text": "a"}\n\x00\x00\n'}, TEXTS, "a.jsonl, line 2 is no JSON"),
-    "utf-16": ("bert", {"a.csv": CLASSES.encode("utf-16")}, LABELS, "a.csv is not UTF-8 near line 1"),
+    "utf-16": ("bert", {"a.csv": CLASSES.encode("utf-16")}, LABELS, "a.csv, line 1 is not UTF-8"),
     "no rows": ("bert", {"a.csv": "text,label\n"}, LABELS, "a.csv has no rows, expected at least one"),
     "one row": ("bert", {"a.csv": CLASSES}, [*LABELS, "--limit", 1], "expected at least two classes"),
     "folder": ("llama", {"a.jsonl/notes": ""}, TEXTS, "a.jsonl has no file for the split 'train'"),
@@ -77,10 +77,10 @@ DATA = {
 TRAINING = {
     "rate": (["--lr", "-1"], "learning_rate is -1.0, expected a positive number"),
     "seed": (["--seed", 2**33], "seed is 8589934592, expected less than 4294967296"),
-    "metrics": (["--eval-data", "a.jsonl", "--metrics", ","], "--metrics is ',', which names nothing"),
+    "metrics": (["--eval-data", "b.jsonl", "--metrics", ","], "--metrics is ',', which names nothing"),
     "length": (["--max-length", 10**30], "but the model has 128 positions; lower it to at most 128"),
     "texts": (
-        ["--eval-data", "a.jsonl", "--metrics", "exact_match", "--max-new-tokens", 4000],
+        ["--eval-data", "b.jsonl", "--metrics", "exact_match", "--max-new-tokens", 4000],
         "and max_new_tokens is 4000, but the model has 128 positions",
     ),
     "file": (["--model", "a.jsonl", "--method", "full"], "a.jsonl is a file, expected a model's folder or a hub id"),
@@ -101,7 +101,7 @@ def test_data(request, said, folder, files, options, sentence):
 
 @pytest.mark.parametrize(("options", "sentence"), TRAINING.values(), ids=TRAINING)
 def test_settings(llama, said, options, sentence):
-    write({"a.jsonl": ROWS})
+    write({"a.jsonl": ROWS, "b.jsonl": ROWS})
     code, text = said("train", "run", "--init-from", llama, *PAIRS, *options)
     assert (code, text.count("\n")) == (2, 1), text
     assert sentence in text
