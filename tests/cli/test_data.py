@@ -135,7 +135,12 @@ MISTAKES = {
         ["--task", "causal", "--max-length", "129"],
         "max_length is 129, but the model has 128 positions; lower it to at most 128",
     ),
-    "template": ("a.jsonl", '{"text": "a"}', ["--task", "causal", "--prompt-template", "x"], "'x' has no {{prompt}}"),
+    "template": (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b"}',
+        ["--task", "completion", "--prompt-template", "x"],
+        "'x' has no {{prompt}}",
+    ),
     "one class": (
         "a.csv",
         "text,label\na,b\nc,b\n",
