@@ -30,7 +30,9 @@ def refine(
         str, typer.Option(help="Of the stage `model`: `kl` (next-token distribution) or `rilq` (hidden state, text).")
     ] = "kl",
     samples: Annotated[int, typer.Option(help="Windows of the text.")] = 64,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="512, or the model's positions if fewer")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the windows in the stage `model`.")] = 2,
     block_epochs: Annotated[int, typer.Option(help="Passes over the windows for each block.")] = 2,
     max_tokens: Annotated[

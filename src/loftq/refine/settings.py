@@ -23,7 +23,7 @@ class RefineSettings:
         loss: of the stage ``model``: ``kl``, the divergence of the next-token distribution from the full-precision
             model's; or ``rilq``, half the relative squared error of the last hidden state and half the cross entropy of
             the next token (RILQ, arXiv 2412.01129).
-        samples, length: windows of the text, and tokens in each.
+        samples, length: windows of the text, and tokens in each; by default 512, or the model's positions if fewer.
         epochs: passes over the windows in the stage ``model``. block_epochs: passes for each block.
         max_tokens: the stage ``model`` stops after training on so many.
         batch_tokens: tokens of one step, at least one window.
@@ -41,7 +41,7 @@ class RefineSettings:
     stages: tuple[str, ...] = STAGES
     loss: str = "kl"
     samples: int = 64
-    length: int = 512
+    length: int | None = None
     epochs: int = 2
     block_epochs: int = 2
     max_tokens: int | None = None
@@ -64,7 +64,8 @@ class RefineSettings:
         one_of("dtype", self.dtype, DTYPES)
         is_bool("scales", self.scales)
         positive_int("samples", self.samples, 2)
-        positive_int("length", self.length, 2)
+        if self.length is not None:
+            positive_int("length", self.length, 2)
         for name in ("epochs", "block_epochs", "batch_tokens", "patience"):
             positive_int(name, getattr(self, name))
         positive_int("seed", self.seed, 0)

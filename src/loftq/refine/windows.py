@@ -60,6 +60,9 @@ class Windows:
         return targets.flatten()
 
 
+DEFAULT_LENGTH = 512
+
+
 def read_windows(text: Any, out_dir: Path, settings: RefineSettings, model: nn.Module) -> Windows:
     """Windows from the name of a text, from token ids (n, length), or from an object with ``ids`` and ``mask``.
 
@@ -76,11 +79,12 @@ def read_windows(text: Any, out_dir: Path, settings: RefineSettings, model: nn.M
             tokenizer = load_tokenizer(out_dir)
         except SourceError:  # not every text needs one
             tokenizer = None
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         text = calibration_tokens(
             str(text),
             tokenizer,
             samples=settings.samples,
-            length=settings.length,
+            length=settings.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH),
             seed=settings.seed,
             model=model,
         )
