@@ -236,13 +236,19 @@ def test_experts_that_fsdp_may_shard(mixtral):
             storage.resize_(storage.nbytes())  # refused once numpy has seen it
 
 
+def quantize_with_letters(name: str, folder: Path, config: loftq.LoftQConfig) -> torch.nn.Module:
+    """A model that has a tokenizer, in ``source``, and quantized in ``q``."""
+    model = tiny_model(name)
+    model.resize_token_embeddings(len(letters()))
+    model.save_pretrained(folder / "source")
+    letters().save_pretrained(folder / "source")
+    loftq.quantize_checkpoint(folder / "source", folder / "q", config, progress=False)
+    return model
+
+
 @pytest.mark.slow
 def test_loftq_train_and_trainer(tmp_path):
-    model = tiny_model("mixtral")
-    model.resize_token_embeddings(len(letters()))
-    model.save_pretrained(tmp_path / "source")
-    letters().save_pretrained(tmp_path / "source")
-    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "q", CONFIG, progress=False)
+    quantize_with_letters("mixtral", tmp_path, CONFIG)
     data = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(6)])
     held = DataSettings("completion", data)
     settings = TrainSettings(held, eval_data=held, epochs=8, batch_size=6, learning_rate=5e-3)
@@ -484,11 +490,7 @@ def test_an_adapter_of_dense_layers_alone_on_a_dense_model(name, config, tmp_pat
 
 def test_lora_has_the_modules_of_the_folder(tmp_path):
     """On the full-precision model, when the run is loaded again, and in the prediction of its memory."""
-    model = tiny_model("deepseek-v3")
-    model.resize_token_embeddings(len(letters()))
-    model.save_pretrained(tmp_path / "source")
-    letters().save_pretrained(tmp_path / "source")
-    loftq.quantize_checkpoint(tmp_path / "source", tmp_path / "q", FEED_FORWARD, progress=False)
+    model = quantize_with_letters("deepseek-v3", tmp_path, FEED_FORWARD)
     names = {m.name for m in QuantizationReport.load(tmp_path / "q").modules}
     data = write_rows(tmp_path / "sums.jsonl", [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(4)])
     held = DataSettings("completion", data)
