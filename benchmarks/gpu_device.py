@@ -98,7 +98,8 @@ def torchao_layer(weight: Tensor) -> nn.Module:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     layer = dense_layer(weight.clone())
-    quantize_(layer, Int4WeightOnlyConfig(group_size=64))
+    # the layout of torch's own int4 product; the default one needs another package
+    quantize_(layer, Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d"))
     return layer
 
 
@@ -113,6 +114,15 @@ def layers(training: bool = False) -> dict[str, Callable[[Tensor], nn.Module]]:
         elif not (training and package == "torchao"):  # its layers are for inference
             found[name] = build
     return found
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Largest ‖found - expected‖ / ‖expected‖ of tensors that belong together; not a number where one is not."""
+    pairs = zip(found, expected, strict=True) if isinstance(found, (tuple, list)) else [(found, expected)]
+    norms = [
+        (torch.linalg.vector_norm(a.double() - b.double()), torch.linalg.vector_norm(b.double())) for a, b in pairs
+    ]
+    return max(float(apart / size) if size else float(apart) for apart, size in norms)
 
 
 def stored_bytes(layer: nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_device import Device, attempted
+from gpu_device import Device, attempted, difference
 from loftq import QuantSpec, kernels
 from loftq.codec import quantize
 from loftq.codec.codebook import thresholds
@@ -52,12 +52,14 @@ def single_kernels(device: Device) -> list[dict]:
         for name, run in work(weight, bits).items():
             seconds = device.seconds(run)
 
-            def reference(run: Callable[[], Any] = run) -> float:
+            def reference(run: Callable[[], Any] = run) -> tuple[float, float]:
+                ours = run()
                 with kernels._only("reference"):
-                    return device.seconds(run)
+                    return device.seconds(run), difference(ours, run())
 
             plain = attempted("plain torch", reference)  # a large matrix may not fit it
-            found.append({"bits": bits, "work": name, "shape": shape, "seconds": seconds, "reference_seconds": plain})
-            beside = "" if plain is None else f", plain torch {1e3 * plain:.3f}"
+            row = {"bits": bits, "work": name, "shape": shape, "seconds": seconds}
+            found.append(row | (dict(zip(("reference_seconds", "difference"), plain, strict=True)) if plain else {}))
+            beside = f", plain torch {1e3 * plain[0]:.3f}, apart {plain[1]:.1e}" if plain else ""
             print(f"{shape[0]}x{shape[1]}, {bits} bits, {name}: {1e3 * seconds:.3f} ms{beside}", flush=True)
     return found

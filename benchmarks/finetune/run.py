@@ -16,12 +16,14 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from loftq.report.record import REPORT, QuantizationReport
 from loftq.report.system import machine, versions
 
 WORK = HERE / "work"
-LOFTQ = Path(sys.executable).with_name("loftq")
-_MAKING = threading.Lock()
+LOFTQ = shutil.which("loftq", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "loftq"
+_MAKING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
-    """The runs, ``jobs`` at once; the starts that they need are made one after the other."""
+    """The runs, ``jobs`` at once; one that needs a start makes it, and others wait for that."""
     folder = WORK / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -75,8 +77,10 @@ def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
     }
     left = [run for run in runs if run.name not in rows]
     with ThreadPoolExecutor(jobs) as pool:
-        for run, seconds in pool.map(lambda run: (run, train(experiment, folder, run, shared, threads)), left):
-            print(f"{experiment.name}/{run.name}: {seconds:.0f} s", flush=True)
+        begun = {pool.submit(train, experiment, folder, run, shared, threads): run for run in left}
+        for done in as_completed(begun):
+            run = begun[done]
+            print(f"{experiment.name}/{run.name}: {done.result():.0f} s", flush=True)
             rows[run.name] = row(experiment, folder, run)
             save(experiment, shared, rows)
 
@@ -96,27 +100,26 @@ def command(folder: Path, experiment: Experiment, run: Run, shared: dict[str, An
     return shlex.join(map(str, ("loftq", "train", folder / run.name, "--method", run.method, *start, *options)))
 
 
-def make(model: Model, start: str) -> None:
+def make(model: Model, start: str, threads: int) -> None:
     """Make a start, and what it is made from before."""
     made = WORK / model.name
     folder = made / start
-    if folder.is_file() or (folder / REPORT).exists():
-        return
-    made.mkdir(parents=True, exist_ok=True)
-    for command in model.commands(start, made):
-        if isinstance(command, str):
-            make(model, command)
-        else:
-            print(f"{model.name}/{start}", flush=True)
-            loftq(*command)
+    with _MAKING[folder]:
+        if folder.is_file() or (folder / REPORT).exists():
+            return
+        made.mkdir(parents=True, exist_ok=True)
+        for command in model.commands(start, made):
+            if isinstance(command, str):
+                make(model, command, threads)
+            else:
+                print(f"{model.name}/{start}", flush=True)
+                loftq(*command, threads=threads)
 
 
 def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
-    if not (WORK / experiment.model.name / run.start / REPORT).exists():
-        with _MAKING:
-            make(experiment.model, run.start)
+    make(experiment.model, run.start, threads)
     if not (folder / run.name / "training.json").exists():
         loftq(*shlex.split(command(folder, experiment, run, shared))[1:], threads=threads)
     for metric, extra in experiment.afterwards.items():
@@ -126,14 +129,12 @@ def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any]
     return time.perf_counter() - started
 
 
-def loftq(*words: Any, threads: int | None = None) -> str:
+def loftq(*words: Any, threads: int) -> str:
     """Run a command and return what it printed."""
-    environment = dict(os.environ)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run([str(LOFTQ), *map(str, words)], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([LOFTQ, *map(str, words)], env=environment, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{shlex.join(['loftq', *map(str, words)])}\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{shlex.join(['loftq', *map(str, words)])}\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -146,7 +147,13 @@ def row(experiment: Experiment, folder: Path, run: Run) -> dict[str, Any]:
         found["after"] = {**found["after"], **after["metrics"]}
     evaluations = {"command": plain(record["command"]), "evaluations": record["evaluations"]}
     curve = [round(point["loss"], 4) for point in record["curve"]]
-    return {**run.labels, "seed": run.seed, **found, **evaluations, "curve": curve, "machine": machine()["cpu"]}
+    return {**run.labels, "seed": run.seed, **found, **evaluations, "curve": curve, "machine": where()}
+
+
+def where() -> str:
+    """The processor that decides how long it took, and how sums are rounded."""
+    here = machine()
+    return str(here.get("gpu", here["cpu"]))
 
 
 def save(experiment: Experiment, shared: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:

@@ -42,6 +42,7 @@ def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **optio
 def every_configuration(self: Autotuner, *args: Any, **options: Any) -> None:
     for config in self.configs if FULL else self.configs[:1]:
         self.fn.run(*args, **options, **config.all_kwargs())
+    self.best_config = self.configs[0]
 
 
 def codes_and_products(bits: int, dtype: torch.dtype, with_zero: bool, by_row: bool, n: int) -> None:

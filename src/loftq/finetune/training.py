@@ -104,6 +104,7 @@ class Training:
             "seconds": round(time.perf_counter() - started, 3),
             "training_seconds": record.timing.get("training_seconds"),
             "peak_memory_bytes": memory.peak(),
+            **memory.gpu(),
         }
         if processes.is_main():
             with writing(self.folder):

@@ -10,10 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def load_codes(
+def load_groups(
     units, row, first, length, BITS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Codes from ``first``, a multiple of 32, on as (rows, GROUPS, 8) uint32; beyond the row they are 0.
+    """Groups from column ``first``, a multiple of 32, on as (rows, GROUPS) integers, the first code in the lowest bits.
+
+    What lies above the last of the eight codes may be anything; beyond the row all codes are 0.
 
     ``row`` (rows,): where each row of ``length`` units starts in ``units``; see
     :func:`loftq.kernels.triton_launch.units_of`. ``WHOLE``: the tile certainly lies within the row.
@@ -27,14 +29,14 @@ def load_codes(
             at = group * BITS + k
             byte = tl.load(units + (row[:, None] + at), mask=at < length, other=0)
             bits |= byte.to(bits.dtype) << (8 * k)
-    elif BITS == 3:  # the 24 bits of a group lie in one 32-bit word or two; what lies above them is masked
+    elif BITS == 3:  # the 24 bits of a group lie in one 32-bit word or two
         units += first // 32 * 3
         length -= first // 32 * 3
         word, last = group * 3 // 4, (group * 3 + 2) // 4
         low = load_within(units + (row[:, None] + word), word, length, WHOLE).to(tl.uint32, bitcast=True)
         high = load_within(units + (row[:, None] + last), last, length, WHOLE).to(tl.uint32, bitcast=True)
-        skipped = (group * 3 % 4 * 8).to(tl.uint32)
-        bits = (low >> skipped) | ((high << 1) << (31 - skipped))  # in two steps: a shift by 32 is none
+        # one word behind the other and shifted: a GPU's funnel shift, one instruction
+        bits = ((high.to(tl.uint64) << 32 | low.to(tl.uint64)) >> (group * 3 % 4 * 8).to(tl.uint64)).to(tl.uint32)
     else:
         units += first // 8
         length -= first // 8
@@ -45,6 +47,15 @@ def load_codes(
             bits = bits.to(tl.uint32, bitcast=True)
         else:
             bits = bits.to(tl.uint64, bitcast=True)
+    return bits
+
+
+@triton.jit
+def load_codes(
+    units, row, first, length, BITS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """:func:`load_groups`, taken apart into (rows, GROUPS, 8) uint32 codes."""
+    bits = load_groups(units, row, first, length, BITS, ALIGNED, GROUPS, WHOLE)
     shifts = (tl.arange(0, 8) * BITS).to(bits.dtype)
     return ((bits[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)).to(tl.uint32)
 

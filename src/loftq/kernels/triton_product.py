@@ -1,10 +1,10 @@
 """Triton kernels for products of few tokens with a packed matrix, which is read once and never written out.
 
-One token is a matter of memory bandwidth: each program holds a few rows, multiplies levels and inputs in float32 and the
-sum of each group of codes by its block's scale. Several tokens go to the matrix units, sixteen at a time, with W rounded
-to their dtype as a dense product has it. Where a product has too few tiles to fill the device, the sum is split into parts
-that are added afterwards, in order: the same call gives the same bits. Which tiles are fastest is measured once for each
-shape, and may round differently on another device.
+One token is a matter of instructions first, then of memory bandwidth: a warp has a few rows, multiplies levels and inputs in
+float32 and the sum of each group of codes by its block's scale. Several tokens go to the matrix units, sixteen at a time,
+with W rounded to their dtype as a dense product has it. Where a product has too few tiles to fill the device, the sum is
+split into parts that are added afterwards, in order: the same call gives the same bits. Which tiles are fastest is measured
+once for each shape, and may round differently on another device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq.kernels.triton_codes import load_codes, load_levels, load_per_group, load_step, load_values, load_within
+from loftq.kernels.triton_codes import load_groups, load_levels, load_per_group, load_step, load_values, load_within
 from loftq.kernels.triton_launch import handed_over, on_device, processors, tuned
 
 _TILE_TOKENS = 16  # of the matrix units
@@ -25,20 +25,10 @@ def few_tokens(dtype: torch.dtype) -> int:
     return _TILE_TOKENS
 
 
-# ROWS * K / 256 is the number of warps in all of them: a thread then has one group of a row at a time, as the packed
-# units are loaded, and nothing passes between threads. Unrolling keeps enough loads under way.
+_COLUMNS = 256  # of a warp's tile: a thread has one group of each row, as the packed units are loaded
 _VECTOR = [
-    triton.Config({"ROWS": rows, "K": k, "UNROLL": unroll}, num_warps=warps)
-    for rows, k, warps, unroll in (
-        (4, 256, 4, 2),
-        (4, 256, 4, 4),
-        (2, 256, 2, 4),
-        (1, 256, 1, 4),
-        (2, 512, 4, 2),
-        (1, 1024, 4, 2),
-        (1, 512, 2, 4),
-        (8, 256, 8, 2),
-    )
+    triton.Config({"ROWS": rows, "UNROLL": unroll}, num_warps=1)  # unrolling keeps enough loads under way
+    for rows, unroll in ((2, 4), (2, 8), (2, 2), (4, 4), (4, 2), (4, 8))
 ]
 _MATRIX = [
     triton.Config({"ROWS": rows, "K": k}, num_warps=warps, num_stages=stages)
@@ -59,17 +49,43 @@ _TRANSPOSED = [
 
 
 @triton.jit
+def _tables(codebook, row, BITS: tl.constexpr, BY_ROW: tl.constexpr):
+    """The levels of a row, one to a thread, for :func:`_values`: of the first code, and of the second of two at 2 bits."""
+    SIZE: tl.constexpr = 1 << (2 * BITS if BITS == 2 else BITS)
+    number = tl.arange(0, SIZE)
+    start = codebook + row * (1 << BITS) if BY_ROW else codebook
+    first, second = tl.load(start + number % (1 << BITS)), tl.load(start + number // (1 << BITS))
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _values(tables, bits, codebook, row, BITS: tl.constexpr, BY_ROW: tl.constexpr, GROUPS: tl.constexpr):
+    """(1, GROUPS, 8) float32 levels of the codes in groups (1, GROUPS).
+
+    Threads of a warp give each other the levels that they hold, which takes fewer instructions than to load them, the fewest
+    at 2 bits, where one number stands for two codes.
+    """
+    if BITS == 2:
+        pairs = tl.reshape(
+            (bits[:, :, None] >> (tl.arange(0, 4) * 4).to(bits.dtype)[None, None, :]) & 15, (GROUPS * 4,)
+        )
+        first, second = tl.gather(tables[0], pairs.to(tl.int32), 0), tl.gather(tables[1], pairs.to(tl.int32), 0)
+        return tl.reshape(tl.join(first, second), (1, GROUPS, 8))
+    shifts = (tl.arange(0, 8) * BITS).to(bits.dtype)
+    codes = (bits[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+    if BITS == 8:  # too many for the threads of a warp
+        return load_levels(codebook, row + tl.zeros((1,), tl.int64), codes.to(tl.uint32), BITS, BY_ROW)
+    return tl.reshape(tl.gather(tables[0], tl.reshape(codes.to(tl.int32), (GROUPS * 8,)), 0), (1, GROUPS, 8))
+
+
+@triton.jit
 def _dots(
     inputs,
-    units,
-    scale,
-    zero,
-    codebook,
+    tables,
+    matrix,
     row,
     first,
     n,
-    length,
-    blocks,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -78,13 +94,15 @@ def _dots(
     GROUPS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """(rows, GROUPS): products of each group of eight values with its inputs."""
-    codes = load_codes(units, row * length, first, length, BITS, ALIGNED, GROUPS, WHOLE)
-    dot = tl.sum(load_levels(codebook, row, codes, BITS, BY_ROW) * inputs, 2)
+    """(1, GROUPS): products of each group of eight values of one row with its inputs (1, GROUPS, 8)."""
+    units, scale, zero, codebook, length, blocks = matrix
+    rows = row + tl.zeros((1,), tl.int64)
+    bits = load_groups(units, rows * length, first, length, BITS, ALIGNED, GROUPS, WHOLE)
+    dot = tl.sum(_values(tables, bits, codebook, row, BITS, BY_ROW, GROUPS) * inputs, 2)
     if HAS_ZERO:
-        offset = load_per_group(zero, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
-        dot += offset * load_step(codebook, row, BITS, BY_ROW)[:, None] * tl.sum(inputs, 2)
-    return dot * load_per_group(scale, row, first, n, blocks, BLOCK, GROUPS, WHOLE)
+        offset = load_per_group(zero, rows, first, n, blocks, BLOCK, GROUPS, WHOLE)
+        dot += offset * load_step(codebook, rows, BITS, BY_ROW)[:, None] * tl.sum(inputs, 2)
+    return dot * load_per_group(scale, rows, first, n, blocks, BLOCK, GROUPS, WHOLE)
 
 
 @tuned(_VECTOR, ["rows", "n", "BITS"])
@@ -105,63 +123,37 @@ def _vector(
     ALIGNED: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
     K: tl.constexpr,
+    ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """out[r] = sum over i of W[r, i] x[i], of two times ``ROWS`` rows, which share what is done to the inputs."""
-    row = tl.program_id(0).to(tl.int64) * (2 * ROWS) + tl.arange(0, ROWS)
-    other = row + ROWS
-    held, held_other = tl.minimum(row, rows - 1), tl.minimum(other, rows - 1)
+    """out[r] = sum over i of W[r, i] x[i], of two or four rows, which share what is done to the inputs."""
     GROUPS: tl.constexpr = K // 8
     WHOLE: tl.constexpr = n % K == 0
-    total = tl.zeros((ROWS, GROUPS), tl.float32)
-    total_other = tl.zeros((ROWS, GROUPS), tl.float32)
+    matrix = (units, scale, zero, codebook, length, blocks)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    row1, row2, row3 = tl.minimum(row + 1, rows - 1), tl.minimum(row + 2, rows - 1), tl.minimum(row + 3, rows - 1)
+    tables, tables1 = _tables(codebook, row, BITS, BY_ROW), _tables(codebook, row1, BITS, BY_ROW)
+    tables2, tables3 = _tables(codebook, row2, BITS, BY_ROW), _tables(codebook, row3, BITS, BY_ROW)
+    total = tl.zeros((1, GROUPS), tl.float32)
+    total1, total2, total3 = total, total, total
     for first in tl.range(0, n, K, loop_unroll_factor=UNROLL):
-        # loaded in the shape of the tile, though all rows take the same: so that a thread has eight at a time
         at = tl.arange(0, GROUPS)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-        at += tl.zeros((ROWS, 1, 1), tl.int32)
         inputs = load_within(x + first + at, at, n - first, WHOLE).to(tl.float32)
-        total += _dots(
-            inputs,
-            units,
-            scale,
-            zero,
-            codebook,
-            held,
-            first,
-            n,
-            length,
-            blocks,
-            BITS,
-            BLOCK,
-            ALIGNED,
-            HAS_ZERO,
-            BY_ROW,
-            GROUPS,
-            WHOLE,
-        )
-        total_other += _dots(
-            inputs,
-            units,
-            scale,
-            zero,
-            codebook,
-            held_other,
-            first,
-            n,
-            length,
-            blocks,
-            BITS,
-            BLOCK,
-            ALIGNED,
-            HAS_ZERO,
-            BY_ROW,
-            GROUPS,
-            WHOLE,
-        )
-    tl.store(out + row, tl.sum(total, 1).to(out.dtype.element_ty), mask=row < rows)
-    tl.store(out + other, tl.sum(total_other, 1).to(out.dtype.element_ty), mask=other < rows)
+        total += _dots(inputs, tables, matrix, row, first, n, BITS, BLOCK, ALIGNED, HAS_ZERO, BY_ROW, GROUPS, WHOLE)
+        total1 += _dots(inputs, tables1, matrix, row1, first, n, BITS, BLOCK, ALIGNED, HAS_ZERO, BY_ROW, GROUPS, WHOLE)
+        if ROWS == 4:
+            total2 += _dots(
+                inputs, tables2, matrix, row2, first, n, BITS, BLOCK, ALIGNED, HAS_ZERO, BY_ROW, GROUPS, WHOLE
+            )
+            total3 += _dots(
+                inputs, tables3, matrix, row3, first, n, BITS, BLOCK, ALIGNED, HAS_ZERO, BY_ROW, GROUPS, WHOLE
+            )
+    tl.store(out + row, tl.sum(total).to(out.dtype.element_ty))
+    tl.store(out + row + 1, tl.sum(total1).to(out.dtype.element_ty), mask=row + 1 < rows)
+    if ROWS == 4:
+        tl.store(out + row + 2, tl.sum(total2).to(out.dtype.element_ty), mask=row + 2 < rows)
+        tl.store(out + row + 3, tl.sum(total3).to(out.dtype.element_ty), mask=row + 3 < rows)
 
 
 @tuned(_MATRIX, ["rows", "n", "BITS"])
@@ -306,15 +298,34 @@ def product(
     if tokens == 1:
         out = x.new_empty(1, rows)
         with on_device(x):
-            _vector[lambda meta: (triton.cdiv(rows, 2 * meta["ROWS"]),)](
-                x, *m.operands, out, rows, *m.sizes, n=n, **m.constants, enable_fp_fusion=True
+            _vector(
+                lambda meta: (triton.cdiv(rows, meta["ROWS"]),),
+                x,
+                *m.operands,
+                out,
+                rows,
+                *m.sizes,
+                n=n,
+                K=_COLUMNS,
+                **m.constants,
+                enable_fp_fusion=True,
             )
         return out
     parts, share = _parts(triton.cdiv(rows, 32), n, x)
     out = x.new_empty(parts, tokens, rows, dtype=x.dtype if parts == 1 else torch.float32)
     with on_device(x):
-        _matrix[lambda meta: (triton.cdiv(rows, meta["ROWS"]), parts)](
-            x, *m.operands, out, tokens, rows, n, *m.sizes, share, **m.constants, **_MANY
+        _matrix(
+            lambda meta: (triton.cdiv(rows, meta["ROWS"]), parts),
+            x,
+            *m.operands,
+            out,
+            tokens,
+            rows,
+            n,
+            *m.sizes,
+            share,
+            **m.constants,
+            **_MANY,
         )
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
@@ -340,7 +351,17 @@ def grad_product(
     parts, share = _parts(triton.cdiv(in_features, 128), rows, grad)
     out = grad.new_empty(parts, tokens, in_features, dtype=grad.dtype if parts == 1 else torch.float32)
     with on_device(grad):
-        _transposed[lambda meta: (triton.cdiv(in_features, meta["K"]), parts)](
-            grad, *m.operands, out, tokens, rows, in_features, *m.sizes, share, **m.constants, **_MANY
+        _transposed(
+            lambda meta: (triton.cdiv(in_features, meta["K"]), parts),
+            grad,
+            *m.operands,
+            out,
+            tokens,
+            rows,
+            in_features,
+            *m.sizes,
+            share,
+            **m.constants,
+            **_MANY,
         )
     return out[0] if parts == 1 else out.sum(0).to(grad.dtype)

@@ -81,8 +81,15 @@ def dequantize(
     rows = packed.shape[0]
     with on_device(out):
         # no fused multiply-add: (level + zero * step) * scale rounds as it does on the CPU
-        _dequantize[lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(in_features, meta["K"]))](
-            *m.operands, out, rows, in_features, *m.sizes, **m.constants, **EXACT
+        _dequantize(
+            lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(in_features, meta["K"])),
+            *m.operands,
+            out,
+            rows,
+            in_features,
+            *m.sizes,
+            **m.constants,
+            **EXACT,
         )
     return out
 

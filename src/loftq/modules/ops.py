@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transformed
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq import kernels
@@ -54,6 +55,11 @@ def workspace_bytes(shape: tuple[int, int], block_size: int, dtype: torch.dtype)
     of_blocks = _tiles(-(-columns // block_size), rows * block_size * dtype.itemsize)
     widest = max(min(last * block_size, columns) - first * block_size for first, last in of_blocks)
     return dtype.itemsize * max(columns * max(last - first for first, last in of_rows), rows * widest)
+
+
+def _shaped(product: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The product in a shape, but no view of it: what an autograd function returns can be changed in place unless it is one."""
+    return product if product.shape == shape else torch.ops.aten._unsafe_view(product, shape)
 
 
 def _few(x: Tensor, features: int) -> bool:
@@ -111,7 +117,7 @@ def _linear(
     matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
     tokens = x.reshape(-1, n)
     product = kernels.product(tokens, *matrix) if _few(x, n) else _times_transposed(tokens, matrix)
-    return product.view(*x.shape[:-1], packed.shape[0])  # not -1, which no rows leave undecided
+    return _shaped(product, (*x.shape[:-1], packed.shape[0]))
 
 
 packed_linear = torch.library.custom_op("loftq::packed_linear", _linear, mutates_args=())
@@ -122,8 +128,7 @@ def _(x, packed, *stored):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-@torch.library.custom_op("loftq::packed_linear_grad_input", mutates_args=())
-def packed_linear_grad_input(
+def _grad_input(
     grad: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -139,7 +144,10 @@ def packed_linear_grad_input(
     matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
     tokens, few = grad.reshape(-1, packed.shape[0]), _few(grad, packed.shape[0])
     product = kernels.grad_product(tokens, *matrix, in_features) if few else _times(tokens, matrix, in_features)
-    return product.view(*grad.shape[:-1], in_features)
+    return _shaped(product, (*grad.shape[:-1], in_features))
+
+
+packed_linear_grad_input = torch.library.custom_op("loftq::packed_linear_grad_input", _grad_input, mutates_args=())
 
 
 @packed_linear_grad_input.register_fake
@@ -157,22 +165,42 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     stored = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = packed_linear_grad_input(grad, *stored, *ctx.constants)
+        grad_input = packed_linear_grad_input if _recorded(grad) else _grad_input
+        grad_x = grad_input(grad, *stored, *ctx.constants)
     return grad_x, *(None for _ in stored), None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _PackedLinear(torch.autograd.Function):
+    """The same to autograd as the operator, without an operator's cost."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _linear(*inputs)
+        _setup_context(ctx, inputs, output)  # as torch itself would call it, which takes as long as a launch
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether something watches which operators are called, and with what."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor or transformed()
+
+
 def packed_product(x: Tensor, *stored: Any) -> Tensor:
-    """:func:`packed_linear`; on the CPU, unless it is recorded, without an operator's cost: a third of a small layer's time."""
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """:func:`packed_linear`, or where nothing records operators the function behind it: an operator costs a tenth of a
+    millisecond, a third of a small layer's time on the CPU, and more than a large one's on a GPU."""
     if torch.jit.is_tracing():  # it would record memory that the kernels fill behind its back
         raise WeightError(
             "torch.jit.trace cannot record a packed layer, expected torch.compile or torch.export, which see one operator"
         )
-    direct = not watched and type(x) is Tensor and x.device.type == "cpu"
-    return (_linear if direct else packed_linear)(x, *stored)
+    if _recorded(x):
+        return packed_linear(x, *stored)
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    return _PackedLinear.apply(x, *stored) if needs_grad else _linear(x, *stored)
 
 
 @torch.library.custom_op("loftq::packed_rows", mutates_args=())

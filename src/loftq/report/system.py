@@ -26,7 +26,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores and operating system."""
+    """Processor, cores and operating system, and the GPU where there is one."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -34,7 +34,8 @@ def machine() -> dict[str, str | int]:
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    return {"cpu": name, "threads": torch.get_num_threads(), "os": f"{platform.system()} {platform.machine()}"}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": name, "threads": torch.get_num_threads(), "os": f"{platform.system()} {platform.machine()}", **gpu}
 
 
 class PeakMemory:
@@ -44,9 +45,27 @@ class PeakMemory:
     """
 
     def start(self) -> PeakMemory:
+        if self._on_gpu():
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         return self
+
+    @staticmethod
+    def _on_gpu() -> bool:
+        """Not importing torch, which a process that has none loaded uses no GPU through."""
+        torch = sys.modules.get("torch")
+        return torch is not None and torch.cuda.is_available()
+
+    def gpu(self) -> dict[str, int]:
+        """``peak_gpu_memory_bytes``: of this process's tensors on the current GPU; empty without one."""
+        if not self._on_gpu():
+            return {}
+        import torch
+
+        return {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()}
 
     def peak(self) -> int:
         try:

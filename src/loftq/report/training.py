@@ -25,7 +25,9 @@ def print_training(record: TrainingRecord) -> None:
         f"{record.parameters:,} weights trained ({share:.2f} %)"
     )
     if record.timing:
-        out.print(f"{record.timing['seconds']:.1f} s, peak memory {size(record.timing['peak_memory_bytes'])}")
+        gpu = record.timing.get("peak_gpu_memory_bytes")
+        on_gpu = "" if gpu is None else f", on the GPU {size(gpu)}"
+        out.print(f"{record.timing['seconds']:.1f} s, peak memory {size(record.timing['peak_memory_bytes'])}{on_gpu}")
 
 
 def _with_error(values: dict[str, float], name: str) -> str:
