@@ -1,6 +1,6 @@
 """Everything about a GPU in one call: products, kernels, a training step, and quantizing Llama-2-7B's matrices.
 
-python benchmarks/gpu.py            # minutes; writes results/gpu.json
+python benchmarks/gpu.py            # two minutes; writes results/gpu.json
 python benchmarks/gpu.py --quick    # fewer repeats and shapes
 python benchmarks/gpu.py --device cpu --quick    # does the script work? tiny shapes, no results written
 
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.on_gpu:
         properties = torch.cuda.get_device_properties(0)
         print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, torch {torch.__version__}")
-    parts = {"products": products, "training": training, "quantizing": quantizing, "kernels": single_kernels}
+    parts = {"training": training, "products": products, "quantizing": quantizing, "kernels": single_kernels}
     results: dict[str, list[dict]] = {name: [] for name in parts}
     for name, measure in parts.items():
         results[name] = measure(device)

@@ -72,11 +72,13 @@ def plain_scales(scale: Tensor, absmax: Tensor | None, offset: Tensor | None) ->
 
 
 def _times_transposed(x: Tensor, matrix: Matrix) -> Tensor:
-    """x (tokens, in) Wᵀ, W a tile of rows at a time."""
+    """x (..., in) Wᵀ, on the CPU with a tile of W's rows at a time."""
     packed, scale, codebook, zero, bits, block_size = matrix
-    n = x.shape[1]
+    n = x.shape[-1]
     if packed.device.type != "cpu":
-        return x @ kernels.dequantize(*matrix, n, x.dtype).T
+        return torch.nn.functional.linear(x, kernels.dequantize(*matrix, n, x.dtype))
+    shape = (*x.shape[:-1], packed.shape[0])
+    x = x.reshape(-1, n)
     out = x.new_empty(x.shape[0], packed.shape[0])
     for first, last in _tiles(packed.shape[0], n * x.dtype.itemsize):
         rows = slice(first, last)
@@ -84,21 +86,22 @@ def _times_transposed(x: Tensor, matrix: Matrix) -> Tensor:
         tile_of = (packed[rows], scale[rows], own, None if zero is None else zero[rows], bits, block_size)
         tile = kernels.dequantize(*tile_of, n, x.dtype, _workspace(last - first, n, x.dtype))
         out[:, rows] = torch.nn.functional.linear(x, tile)
-    return out
+    return _shaped(out, shape)
 
 
 def _times(grad: Tensor, matrix: Matrix, n: int) -> Tensor:
-    """grad (tokens, out) W, W (out, n) a tile of columns at a time."""
+    """grad (..., out) W, W (out, n), on the CPU with a tile of its columns at a time."""
     packed, scale, *_, block_size = matrix
     if packed.device.type != "cpu":
         return grad @ kernels.dequantize(*matrix, n, grad.dtype)
-    rows = packed.shape[0]
+    rows, shape = packed.shape[0], (*grad.shape[:-1], n)
+    grad = grad.reshape(-1, rows)
     out = grad.new_empty(grad.shape[0], n)
     for blocks in _tiles(scale.shape[1], rows * block_size * grad.dtype.itemsize):
         columns = slice(blocks[0] * block_size, min(blocks[1] * block_size, n))
         memory = _workspace(rows, columns.stop - columns.start, grad.dtype)
         out[:, columns] = grad @ kernels.dequantize(*matrix, n, grad.dtype, memory, blocks)
-    return out
+    return _shaped(out, shape)
 
 
 def _linear(
@@ -115,9 +118,9 @@ def _linear(
     """x (..., in) -> (..., out) in x's dtype; packed (out, row bytes), scale and zero (out, blocks) as stored."""
     n = x.shape[-1]
     matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
-    tokens = x.reshape(-1, n)
-    product = kernels.product(tokens, *matrix) if _few(x, n) else _times_transposed(tokens, matrix)
-    return _shaped(product, (*x.shape[:-1], packed.shape[0]))
+    if not _few(x, n):
+        return _times_transposed(x, matrix)
+    return _shaped(kernels.product(x.reshape(-1, n), *matrix), (*x.shape[:-1], packed.shape[0]))
 
 
 packed_linear = torch.library.custom_op("loftq::packed_linear", _linear, mutates_args=())
@@ -142,9 +145,10 @@ def _grad_input(
 ) -> Tensor:
     """grad (..., out) -> (..., in): the product with the dequantized matrix itself."""
     matrix = (packed, plain_scales(scale, absmax, offset), codebook, zero, bits, block_size)
-    tokens, few = grad.reshape(-1, packed.shape[0]), _few(grad, packed.shape[0])
-    product = kernels.grad_product(tokens, *matrix, in_features) if few else _times(tokens, matrix, in_features)
-    return _shaped(product, (*grad.shape[:-1], in_features))
+    rows = packed.shape[0]
+    if not _few(grad, rows):
+        return _times(grad, matrix, in_features)
+    return _shaped(kernels.grad_product(grad.reshape(-1, rows), *matrix, in_features), (*grad.shape[:-1], in_features))
 
 
 packed_linear_grad_input = torch.library.custom_op("loftq::packed_linear_grad_input", _grad_input, mutates_args=())
