@@ -201,7 +201,7 @@ def wikitext(folder: Path, train: str, held: str) -> dict[str, Any]:
         }
         valid, test = (encode(tokenizer, texts[name]) for name in ("valid", "test"))
         cut = {"train": valid[:-8192], "held": valid[-8192:], "test": test[:16384], "all": valid, "whole": test}
-        save_file({name: ids.contiguous() for name, ids in cut.items()}, path)
+        save_file({name: ids.clone() for name, ids in cut.items()}, path)
     return {
         "task": "causal",
         "data": f"{path}:{train}",

@@ -59,6 +59,7 @@ def quantize_checkpoint(
     notice: Callable[[str], None] | None = None,
     engine: str = "local",
     address: str | None = None,
+    device: str = "cpu",
 ) -> QuantizationReport:
     """Turn a checkpoint into a folder with a packed backbone and a PEFT adapter, one tensor at a time.
 
@@ -79,12 +80,14 @@ def quantize_checkpoint(
             continues what the other has begun.
         address: of the Ray cluster (``auto``: the one that runs on this machine). By default ``RAY_ADDRESS``, or workers on
             this machine for as long as this call takes.
+        device: ``cpu``, or a GPU by torch's name, ``cuda``: where matrices are decomposed. Calibration runs on the CPU. On
+            another device the last bits are others.
 
     Raises:
         SourceError, ConfigError, WeightError, OutputError, ClusterError: each with what was got, expected, and to be done.
     """
     out_dir = Path(os.path.expanduser(out_dir))
-    check_engine(engine, address)
+    check_engine(engine, address, device)
     told = notice or (lambda sentence: None)
     with disk_errors(out_dir):  # before hours of work, and before the source is read
         finished = (out_dir / REPORT).exists()
@@ -155,7 +158,7 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            with open_engine(engine, opened, parameters, config, address, told) as opened_engine:
+            with open_engine(engine, opened, parameters, config, address, told, device) as opened_engine:
                 run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(

@@ -69,14 +69,19 @@ def decompose_module(
 
 
 def decompose_matrices(
-    matrices: Sequence[Callable[[], Tensor]], plan: ModulePlan, config: LoftQConfig, statistics: Known = None
+    matrices: Sequence[Callable[[], Tensor]],
+    plan: ModulePlan,
+    config: LoftQConfig,
+    statistics: Known = None,
+    device: torch.device | None = None,
 ) -> tuple[list[Decomposition], list[float]]:
     """The decomposition of each of a module's matrices, and the matrices' Frobenius norms.
 
-    Small ones are decomposed side by side, as small modules are. Each matrix has a seed of its own.
+    Small ones are decomposed side by side, as small modules are; on a GPU one after the other. Each has a seed of its own.
 
     Args:
-        matrices: read them, as the source stores them. statistics: of all of them, or one for each.
+        matrices: read them, as the source stores them. statistics: of all of them, or one for each. device: where to
+            compute, by default where they are.
     """
     known = statistics if isinstance(statistics, Sequence) else [statistics] * len(matrices)
     jobs = zip(matrices, plan.matrices(), known, strict=True)
@@ -84,11 +89,11 @@ def decompose_matrices(
     def job(
         read: Callable[[], Tensor], part: ModulePlan, of_part: InputStatistics | None
     ) -> tuple[Decomposition, float]:
-        weight = read()
+        weight = read() if device is None else read().to(device)
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) if plan.experts else 1.0
         return decompose_module(weight, part, config, of_part), norm
 
-    if not plan.experts:
+    if not plan.experts or (device is not None and device.type != "cpu"):
         found = [job(*each) for each in jobs]
     else:
         size = plan.shape[0] * plan.shape[1]
@@ -205,9 +210,13 @@ class Unit:
         return [partial(parameters.read, plan.parameter, e, plan.experts) for e in range(plan.experts)]
 
     def compute(
-        self, matrices: Sequence[Callable[[], Tensor]], config: LoftQConfig, statistics: Known = None
+        self,
+        matrices: Sequence[Callable[[], Tensor]],
+        config: LoftQConfig,
+        statistics: Known = None,
+        device: torch.device | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The unit's tensors under their output names, and its record, from the tensor as it was read."""
+        """The unit's tensors under their output names, on the CPU, and its record, from the tensor as it was read."""
         if self.plan is None:
             tensor = matrices[0]()
             # a tensor that the model does not know may be a mask with -inf
@@ -216,8 +225,9 @@ class Unit:
                     f"{self.source_name} has NaN or infinite elements, expected finite numbers; check the source checkpoint"
                 )
             return {next(iter(self.backbone)): tensor}, {}
-        results, norms = decompose_matrices(matrices, self.plan, config, statistics)
-        return joined_tensors(self.plan, results), vars(module_record(self.plan, results, norms, statistics))
+        results, norms = decompose_matrices(matrices, self.plan, config, statistics, device)
+        tensors = {name: tensor.cpu() for name, tensor in joined_tensors(self.plan, results).items()}
+        return tensors, vars(module_record(self.plan, results, norms, statistics))
 
     def dense(self, tensors: Mapping[str, Tensor], config: LoftQConfig) -> Tensor:
         """Q + scaling * B A as the source stores the weight, from the tensors that :meth:`compute` gave."""

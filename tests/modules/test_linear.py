@@ -342,3 +342,20 @@ def test_workspace_is_bounded_by_a_tile():
     assert ops.workspace_bytes((4096, 11008), 64, torch.bfloat16) <= ops.TILE_BYTES
     assert ops.workspace_bytes((100, 30), 64, torch.float32) == 4 * 100 * 30
     assert ops.workspace_bytes((50_000, 64), 64, torch.float32) == 4 * 50_000 * 64
+
+
+@pytest.mark.parametrize("shape", [(5, 200), (2, 5, 200), (1, 200), (2, 1, 200)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_the_output_may_be_changed_in_place(shape, bias):
+    """As a dense layer's: what an autograd function returns may not, where it is a view."""
+    packed, dense = pair(QuantSpec(4), bias=bias)
+    x, other = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    for layer, leaf in ((packed, x), (dense, other)):
+        layer(leaf).mul_(3).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_needs_no_gradient_records_none():
+    packed, _ = pair(QuantSpec(4), bias=False)
+    assert packed(torch.randn(6, 200)).grad_fn is None
+    assert packed(torch.randn(6, 200).requires_grad_()).grad_fn is not None

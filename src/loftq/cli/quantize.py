@@ -74,6 +74,9 @@ def quantize(
             show_default="RAY_ADDRESS, or workers on this machine",
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Decompose matrices on: cpu, or cuda. Calibration runs on the CPU.")
+    ] = "cpu",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = True,
     revision: options.Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "50GB",
@@ -124,6 +127,7 @@ def quantize(
         notice=lambda sentence: typer.echo(f"loftq: {sentence}", err=True),
         engine=engine,
         address=address,
+        device=device,
     )
     if json_output:
         print_json(report.to_dict())

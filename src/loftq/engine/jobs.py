@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from loftq.calibrate.choose import Inputs
@@ -23,7 +24,7 @@ from loftq.checkpoint.source import Source
 from loftq.checkpoint.writer import Staging
 from loftq.config import ENGINES, LoftQConfig, one_of
 from loftq.errors import ConfigError
-from loftq.parallel import run_side_by_side
+from loftq.parallel import run_side_by_side, timed
 from loftq.units import Known, Unit, largest_factor
 
 Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
@@ -51,9 +52,10 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """This process, with a thread for each core."""
+    """This process, with a thread for each core, or on a GPU, one matrix after the other."""
 
-    def __init__(self, source: Source, parameters: Parameters, config: LoftQConfig) -> None:
+    def __init__(self, source: Source, parameters: Parameters, config: LoftQConfig, device: torch.device) -> None:
+        self.device = device
         self.source = source
         self.parameters = parameters
         self.config = config
@@ -62,17 +64,39 @@ class LocalEngine:
         def calls() -> Iterator[tuple[tuple[Unit, int], Callable[[], Any]]]:
             for job in jobs:
                 matrices = job.unit.matrices(self.source, self.parameters)
-                yield (job.unit, job.size), partial(job.unit.compute, matrices, self.config, job.statistics)
+                compute = partial(job.unit.compute, matrices, self.config, job.statistics, self.device)
+                yield (job.unit, job.size), compute
 
+        if self.device.type != "cpu":
+            for (unit, _), compute in calls():
+                yield unit, timed(compute)
+            return
         for (unit, _), computed in run_side_by_side(calls(), lambda key: key[1]):
             yield unit, computed
 
 
-def check_engine(name: str, address: str | None) -> None:
-    """A :class:`ConfigError` for an engine that does not exist, or an address for one that has none."""
+def check_engine(name: str, address: str | None, device: str = "cpu") -> torch.device:
+    """The device to compute on, of which there is one.
+
+    Raises:
+        ConfigError: for an engine or a device that does not exist, or an address or a device for an engine without.
+    """
     one_of("engine", name, ENGINES)
     if address is not None and name != "ray":
         raise ConfigError(f"address is {address!r}, but the engine is {name}; add --engine ray or leave --address out")
+    if name == "ray" and device != "cpu":
+        raise ConfigError(f"device is {device!r}, but Ray's workers compute on their processors; leave --device out")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = torch.device("meta")
+    if found.type == "meta":
+        raise ConfigError(
+            f"device is {device!r}, expected cpu, or a GPU that torch sees such as cuda; see whether "
+            f"`python -c 'import torch; print(torch.cuda.is_available())'` prints True, or leave --device out"
+        )
+    return found
 
 
 @contextmanager
@@ -83,15 +107,16 @@ def open_engine(
     config: LoftQConfig,
     address: str | None,
     notice: Callable[[str], None],
+    device: str = "cpu",
 ) -> Iterator[Engine]:
     """The engine of that name.
 
     Raises:
         ConfigError: see :func:`check_engine`; Ray is not installed. ClusterError: there is no cluster at the address.
     """
-    check_engine(name, address)
+    where = check_engine(name, address, device)
     if name == "local":
-        yield LocalEngine(source, parameters, config)
+        yield LocalEngine(source, parameters, config, where)
         return
     from loftq.engine.cluster import RayEngine, connected
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transformed
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from loftq import kernels
@@ -191,7 +190,7 @@ class _PackedLinear(torch.autograd.Function):
 
 def _recorded(x: Tensor) -> bool:
     """Whether something watches which operators are called, and with what."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor or transformed()
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
 
 def packed_product(x: Tensor, *stored: Any) -> Tensor:

@@ -91,7 +91,8 @@ def decompose(
         lora_alpha: LoRA's alpha, ``None`` for the rank. The factors are divided by sqrt(scaling) each, so the layer
             computes the fitted matrix for every alpha.
         use_rslora: scaling alpha / sqrt(r) instead of alpha / r.
-        importance: the statistics of the layer's inputs, or their second moment alone: (in, in), or (in,) its diagonal.
+        importance: the statistics of the layer's inputs, or their second moment alone: (in, in), or (in,) its diagonal. On
+            any device.
             Of a layer that saw no input only the weight error is minimised.
         damping: λ of ``H_λ = (1 - λ) H d / tr(H) + λ I``, 0 to 1; ``None`` for the method's own. 1 is the weight error.
         svd: ``exact``, ``block`` or ``auto``; see :func:`loftq.solver.lowrank.truncated_svd`.
@@ -120,12 +121,12 @@ def decompose(
 
     lacking = statistics is not None and statistics.mean_abs is None  # then LQER is no candidate
     names = tuple(n for n in chosen.candidates if not (lacking and METHODS[n].metric == "mean-abs")) or (method,)
-    goal = _metric(chosen, statistics, damping)
+    goal = _metric(chosen, statistics, damping, weight.device)
     found = []
     for name in names:
         candidate = METHODS[name]
         steps = num_iter if candidate.steps is None else min(candidate.steps, num_iter)
-        metric = goal if name == method else _metric(candidate, statistics, damping)
+        metric = goal if name == method else _metric(candidate, statistics, damping, weight.device)
         search = Search(weight, spec, min(rank, *weight.shape), candidate, metric, svd, seed)
         found.append(search.run(steps))
     if chosen.candidates:
@@ -166,11 +167,11 @@ def _check_statistics(name: str, method: Method, statistics: InputStatistics | N
         raise ConfigError(f"method {name!r} needs gradients, which these statistics lack; calibrate for this method")
 
 
-def _metric(method: Method, statistics: InputStatistics | None, damping: float | None) -> Metric:
+def _metric(method: Method, statistics: InputStatistics | None, damping: float | None, device: torch.device) -> Metric:
     if statistics is None or method.metric == "none" or not statistics.informative:
         return Metric()
     damping = method.damping if damping is None else damping
-    return statistics.metric(method.metric, damping, method.row_damping, method.guidance)
+    return statistics.metric(method.metric, damping, method.row_damping, method.guidance, device)
 
 
 def _factors(lowrank: Adapter | None, weight: Tensor, rank: int, scaling: float, seed: int) -> tuple[Tensor, Tensor]:

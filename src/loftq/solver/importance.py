@@ -11,7 +11,7 @@ so that a second moment estimated from few tokens, or a singular one, never leav
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,10 @@ class InputStatistics:
     fisher_columns: Tensor | None = None
     output_moment: Tensor | None = None
     guided_moment: Tensor | None = None
-    # factors by (kind, λ): the layers that share an input share this object, and so the factorisation
-    _metrics: dict[tuple[str, float], Metric] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # factors by (kind, λ, device): the layers that share an input share this object, and so the factorisation
+    _metrics: dict[tuple[str, float, torch.device], Metric] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     # factors by all arguments where gradients count: of one layer
     _own: dict[tuple[Any, ...], Metric] = field(default_factory=dict, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -103,7 +105,23 @@ class InputStatistics:
                     f"numbers of shape {expected}; calibrate again"
                 )
 
-    def metric(self, kind: str, damping: float, row_damping: float | None = None, guidance: float = 0.0) -> Metric:
+    def on(self, device: torch.device) -> InputStatistics:
+        """The same on another device, with nothing factored yet; itself where it is there already."""
+        if self.second_moment.device == device:
+            return self
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name, value in found.items():
+            found[name] = value.to(device) if isinstance(value, Tensor) else value
+        return InputStatistics(**found)
+
+    def metric(
+        self,
+        kind: str,
+        damping: float,
+        row_damping: float | None = None,
+        guidance: float = 0.0,
+        device: torch.device | None = None,
+    ) -> Metric:
         """The metric of that kind; see :class:`Metric`. What concerns inputs is computed once for all that share them.
 
         Args:
@@ -112,36 +130,41 @@ class InputStatistics:
             row_damping: γ of ``G_γ = (1 - γ) G n / tr(G) + γ I``; ``None`` leaves G out.
             guidance: μ; in place of H / tr(H) counts ``(1 - μ) H / tr(H) + μ H_g / tr(H_g)``, where H_g is known and H is a
                 matrix without drift.
+            device: where it is computed and used, by default where the statistics are.
         """
+        device = device or self.second_moment.device
         if kind == "fisher":
-            return _fisher(self)
+            return _fisher(self.on(device))
         guided = guidance and self.guided_moment is not None and self.drift is None and kind == "full"
         if guided or (self.output_moment is not None and row_damping is not None):
-            key = (kind, damping, row_damping, guidance)
+            key = (kind, damping, row_damping, guidance, device)
             with self._lock:
                 if key not in self._own:
-                    self._own[key] = self._of_gradients(kind, damping, row_damping, guidance if guided else 0.0)
+                    self._own[key] = self._of_gradients(kind, damping, row_damping, guidance if guided else 0.0, device)
                 return self._own[key]
         with self._lock:
-            return self._of_inputs(kind, damping)
+            return self._of_inputs(kind, damping, device)
 
-    def _of_inputs(self, kind: str, damping: float) -> Metric:
-        if (kind, damping) not in self._metrics:
-            self._metrics[kind, damping] = _metric(self, kind, damping)
-        return self._metrics[kind, damping]
+    def _of_inputs(self, kind: str, damping: float, device: torch.device) -> Metric:
+        key = (kind, damping, device)
+        if key not in self._metrics:
+            self._metrics[key] = _metric(self.on(device), kind, damping)
+        return self._metrics[key]
 
-    def _of_gradients(self, kind: str, damping: float, row_damping: float | None, guidance: float) -> Metric:
+    def _of_gradients(
+        self, kind: str, damping: float, row_damping: float | None, guidance: float, device: torch.device
+    ) -> Metric:
         if guidance and self.second_moment.dim() == 2 and self.guided_moment is not None:
-            moments = (self.second_moment.double(), self.guided_moment.double())
+            moments = (self.second_moment.to(device).double(), self.guided_moment.to(device).double())
             plain, guided = (m / m.diagonal().mean().clamp_min(torch.finfo(m.dtype).tiny) for m in moments)
             with threads_for(plain.numel()):
                 metric = _full(plain.lerp(guided, guidance), None, damping)
         else:
-            metric = self._of_inputs(kind, damping)
+            metric = self._of_inputs(kind, damping, device)
         if self.output_moment is None or row_damping is None:
             return metric
         with threads_for(self.output_moment.numel()):
-            return _with_rows(metric, self.output_moment, row_damping)
+            return _with_rows(metric, self.output_moment.to(device), row_damping)
 
     def of_layer(
         self,
