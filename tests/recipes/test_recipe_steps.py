@@ -249,7 +249,7 @@ def test_train_commands_mean_what_the_steps_do(name, monkeypatch):
 def test_the_lines_of_a_text_are_joined():
     found = steps("wikitext2/llama2-7b-nf2-r64", methods=("loftq",))
     assert [step.kind for step in found if "--join-rows" in step.command] == [TRAIN, EVALUATE]
-    with pytest.raises(ConfigError, match="join_rows is 1, expected true or false"):
+    with pytest.raises(ConfigError, match="join_rows is 1, expected True or False"):
         load_recipe("wikitext2/llama2-7b-nf2-r64", ["data.join_rows=1"])
 
 

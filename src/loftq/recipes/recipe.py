@@ -189,7 +189,7 @@ def _data(where: str, values: Mapping[str, Any]) -> Data:
         config=read.optional(read.text, where, "config", values.get("config")),
         labels=read.texts(where, "labels", values.get("labels") or []),
         prompt_template=checked_template(read.text(where, "prompt_template", values.get("prompt_template", PROMPT))),
-        join_rows=read.flag(where, "join_rows", values.get("join_rows", False)),
+        join_rows=is_bool(f"{where}: join_rows", values.get("join_rows", False)),
         local={str(k): read.texts(where, f"local.{k}", v, empty=False) for k, v in local.items()},
         local_maps=tuple(read.text_mapping(where, "local_maps", m, empty=False) for m in maps),
     )

@@ -64,12 +64,6 @@ def choice(where: str, key: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
-def flag(where: str, key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{where}: {key} is {value!r}, expected true or false")
-    return value
-
-
 def number(value: Any) -> float | None:
     """A finite number, also one with an exponent and no dot; ``None`` for anything else."""
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
