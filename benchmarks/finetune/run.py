@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -35,7 +34,7 @@ from loftq.report.system import machine, versions
 
 WORK = HERE / "work"
 LOFTQ = shutil.which("loftq", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "loftq"
-_MAKING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+_MAKING: dict[str, threading.Lock] = {}
 
 
 def main() -> None:
@@ -100,26 +99,26 @@ def command(folder: Path, experiment: Experiment, run: Run, shared: dict[str, An
     return shlex.join(map(str, ("loftq", "train", folder / run.name, "--method", run.method, *start, *options)))
 
 
-def make(model: Model, start: str, threads: int) -> None:
+def make(model: Model, start: str) -> None:
     """Make a start, and what it is made from before."""
     made = WORK / model.name
     folder = made / start
-    with _MAKING[folder]:
+    with _MAKING.setdefault(str(folder), threading.Lock()):  # in one step, whoever comes first
         if folder.is_file() or (folder / REPORT).exists():
             return
         made.mkdir(parents=True, exist_ok=True)
         for command in model.commands(start, made):
             if isinstance(command, str):
-                make(model, command, threads)
+                make(model, command)
             else:
                 print(f"{model.name}/{start}", flush=True)
-                loftq(*command, threads=threads)
+                loftq(*command)
 
 
 def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
-    make(experiment.model, run.start, threads)
+    make(experiment.model, run.start)
     if not (folder / run.name / "training.json").exists():
         loftq(*shlex.split(command(folder, experiment, run, shared))[1:], threads=threads)
     for metric, extra in experiment.afterwards.items():
@@ -129,12 +128,14 @@ def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any]
     return time.perf_counter() - started
 
 
-def loftq(*words: Any, threads: int) -> str:
+def loftq(*words: Any, threads: int | None = None) -> str:
     """Run a command and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run([LOFTQ, *map(str, words)], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(['loftq', *map(str, words)])}\n{done.stderr[-2000:]}")
+        sys.exit(f"{shlex.join(['loftq', *map(str, words)])}\n{done.stderr[-2000:]}")
     return done.stdout
 
 

@@ -28,19 +28,21 @@ def timed(job: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def run_side_by_side(
-    jobs: Iterable[tuple[Key, Callable[[], Result]]], size: Callable[[Key], int]
+    jobs: Iterable[tuple[Key, Callable[[], Result]]], size: Callable[[Key], int], device: torch.device | None = None
 ) -> Iterator[tuple[Key, tuple[Result, float]]]:
     """Yield ``(key, (result, seconds))`` in the order of ``jobs``; ``size`` is that of the largest matrix a job works on.
 
+    On a ``device`` other than the CPU, which is the default, every job runs alone: a GPU is one for all of them.
     Jobs are drawn only as they are started, at most one more than there are cores ahead of what has been yielded. An
     exception of a job is raised here; jobs that run already are waited for, no other is started.
     """
     threads = torch.get_num_threads()
+    on_cpu = device is None or device.type == "cpu"
     waiting: deque[tuple[Key, Future[tuple[Result, float]]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="loftq-matrix", initializer=_use_one_core)
     try:
         for key, job in jobs:
-            if is_small(size(key)):
+            if on_cpu and is_small(size(key)):
                 if len(waiting) > threads:
                     first, future = waiting.popleft()
                     yield first, future.result()

@@ -87,7 +87,7 @@ def quantize_checkpoint(
         SourceError, ConfigError, WeightError, OutputError, ClusterError: each with what was got, expected, and to be done.
     """
     out_dir = Path(os.path.expanduser(out_dir))
-    check_engine(engine, address, device)
+    where = check_engine(engine, address, device)
     told = notice or (lambda sentence: None)
     with disk_errors(out_dir):  # before hours of work, and before the source is read
         finished = (out_dir / REPORT).exists()
@@ -158,7 +158,7 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            with open_engine(engine, opened, parameters, config, address, told, device) as opened_engine:
+            with open_engine(engine, opened, parameters, config, address, told, where) as opened_engine:
                 run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(

@@ -93,12 +93,12 @@ def decompose_matrices(
         norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) if plan.experts else 1.0
         return decompose_module(weight, part, config, of_part), norm
 
-    if not plan.experts or (device is not None and device.type != "cpu"):
+    if not plan.experts:
         found = [job(*each) for each in jobs]
     else:
         size = plan.shape[0] * plan.shape[1]
         sized = ((max(size, largest_factor(each[2])), partial(job, *each)) for each in jobs)
-        found = [result for _, (result, _) in run_side_by_side(sized, lambda size: size)]
+        found = [result for _, (result, _) in run_side_by_side(sized, lambda size: size, device)]
     return [result for result, _ in found], [norm for _, norm in found]
 
 

@@ -22,6 +22,7 @@ from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig, default_method
 from loftq.errors import ConfigError, SourceError
+from loftq.evaluate.models import default_window
 from loftq.evaluate.text import BUILTIN
 from loftq.plan.targets import ModulePlan
 from loftq.solver.importance import InputStatistics
@@ -176,13 +177,11 @@ def calibrated(
         return Inputs("loftq")
     if config.calibration != "auto":
         tokenizer = _tokenizer(source)
-    length = config.calibration_length
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     tokens = calibration_tokens(
         name,
         tokenizer,
         samples=config.calibration_samples,
-        length=min(length, positions) if positions else length,
+        length=default_window(model, None, config.calibration_length),
         seed=config.seed,
         model=_generator(source) if name == "self" else None,
     )

@@ -24,7 +24,7 @@ from loftq.checkpoint.source import Source
 from loftq.checkpoint.writer import Staging
 from loftq.config import ENGINES, LoftQConfig, one_of
 from loftq.errors import ConfigError
-from loftq.parallel import run_side_by_side, timed
+from loftq.parallel import run_side_by_side
 from loftq.units import Known, Unit, largest_factor
 
 Computed = tuple[tuple[dict[str, Tensor], dict[str, Any]], float]
@@ -67,11 +67,7 @@ class LocalEngine:
                 compute = partial(job.unit.compute, matrices, self.config, job.statistics, self.device)
                 yield (job.unit, job.size), compute
 
-        if self.device.type != "cpu":
-            for (unit, _), compute in calls():
-                yield unit, timed(compute)
-            return
-        for (unit, _), computed in run_side_by_side(calls(), lambda key: key[1]):
+        for (unit, _), computed in run_side_by_side(calls(), lambda key: key[1], self.device):
             yield unit, computed
 
 
@@ -107,16 +103,15 @@ def open_engine(
     config: LoftQConfig,
     address: str | None,
     notice: Callable[[str], None],
-    device: str = "cpu",
+    device: torch.device,
 ) -> Iterator[Engine]:
-    """The engine of that name.
+    """The engine of that name, which :func:`check_engine` has let pass with its device.
 
     Raises:
-        ConfigError: see :func:`check_engine`; Ray is not installed. ClusterError: there is no cluster at the address.
+        ConfigError: Ray is not installed. ClusterError: there is no cluster at the address.
     """
-    where = check_engine(name, address, device)
     if name == "local":
-        yield LocalEngine(source, parameters, config, where)
+        yield LocalEngine(source, parameters, config, device)
         return
     from loftq.engine.cluster import RayEngine, connected
 

@@ -156,11 +156,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None
     return ids if max_tokens is None else ids[:max_tokens]
 
 
-def default_window(model: nn.Module, window: int | None) -> int:
-    """The window asked for, or 1024, or what the model's positions allow."""
+def default_window(model: nn.Module, window: int | None, usual: int = 1024) -> int:
+    """The window asked for, or the usual one, or what the model's positions allow."""
     if window is not None:
         return window
-    return min(1024, getattr(getattr(model, "config", None), "max_position_embeddings", None) or 1024)
+    return min(usual, getattr(getattr(model, "config", None), "max_position_embeddings", None) or usual)
 
 
 @contextmanager

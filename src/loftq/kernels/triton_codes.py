@@ -55,7 +55,12 @@ def load_codes(
     units, row, first, length, BITS: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr
 ):
     """:func:`load_groups`, taken apart into (rows, GROUPS, 8) uint32 codes."""
-    bits = load_groups(units, row, first, length, BITS, ALIGNED, GROUPS, WHOLE)
+    return split_codes(load_groups(units, row, first, length, BITS, ALIGNED, GROUPS, WHOLE), BITS)
+
+
+@triton.jit
+def split_codes(bits, BITS: tl.constexpr):
+    """(rows, groups, 8) uint32 codes of (rows, groups) groups."""
     shifts = (tl.arange(0, 8) * BITS).to(bits.dtype)
     return ((bits[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)).to(tl.uint32)
 

@@ -23,8 +23,8 @@ class Tuned:
     """A kernel with the fastest of its configurations, measured once for each ``key`` and kept on disk by Triton's tuner.
 
     What the tuner and Triton find out about a call takes them longer than the launch. Here a call is recognised by all that
-    they could look at, and what was compiled for it is launched: a fifth of the time, of which a training step on a GPU has
-    little between two products.
+    they could look at, and what was compiled for it is launched: a third of the processor's time, of which a training step on
+    a GPU has little between two products.
     """
 
     def __init__(self, tuner: Any) -> None:

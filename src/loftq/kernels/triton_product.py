@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loftq.kernels.triton_codes import load_groups, load_levels, load_per_group, load_step, load_values, load_within
+from loftq.kernels.triton_codes import (
+    load_groups,
+    load_levels,
+    load_per_group,
+    load_step,
+    load_values,
+    load_within,
+    split_codes,
+)
 from loftq.kernels.triton_launch import handed_over, on_device, processors, tuned
 
 _TILE_TOKENS = 16  # of the matrix units
@@ -71,10 +79,9 @@ def _values(tables, bits, codebook, row, BITS: tl.constexpr, BY_ROW: tl.constexp
         )
         first, second = tl.gather(tables[0], pairs.to(tl.int32), 0), tl.gather(tables[1], pairs.to(tl.int32), 0)
         return tl.reshape(tl.join(first, second), (1, GROUPS, 8))
-    shifts = (tl.arange(0, 8) * BITS).to(bits.dtype)
-    codes = (bits[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+    codes = split_codes(bits, BITS)
     if BITS == 8:  # too many for the threads of a warp
-        return load_levels(codebook, row + tl.zeros((1,), tl.int64), codes.to(tl.uint32), BITS, BY_ROW)
+        return load_levels(codebook, row + tl.zeros((1,), tl.int64), codes, BITS, BY_ROW)
     return tl.reshape(tl.gather(tables[0], tl.reshape(codes.to(tl.int32), (GROUPS * 8,)), 0), (1, GROUPS, 8))
 
 

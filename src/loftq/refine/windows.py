@@ -73,18 +73,17 @@ def read_windows(text: Any, out_dir: Path, settings: RefineSettings, model: nn.M
     """
     if isinstance(text, (str, Path)):
         from loftq.calibrate.text import calibration_tokens
-        from loftq.evaluate.models import load_tokenizer
+        from loftq.evaluate.models import default_window, load_tokenizer
 
         try:
             tokenizer = load_tokenizer(out_dir)
         except SourceError:  # not every text needs one
             tokenizer = None
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         text = calibration_tokens(
             str(text),
             tokenizer,
             samples=settings.samples,
-            length=settings.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH),
+            length=default_window(model, settings.length, DEFAULT_LENGTH),
             seed=settings.seed,
             model=model,
         )

@@ -7,6 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("loftq", "torch", "transformers", "peft", "safetensors", "numpy", "numba")
 
@@ -45,27 +46,22 @@ class PeakMemory:
     """
 
     def start(self) -> PeakMemory:
-        if self._on_gpu():
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
+        if (cuda := self._cuda()) is not None:
+            cuda.reset_peak_memory_stats()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         return self
 
     @staticmethod
-    def _on_gpu() -> bool:
-        """Not importing torch, which a process that has none loaded uses no GPU through."""
+    def _cuda() -> Any:
+        """``torch.cuda`` if this process uses a GPU already: to ask it anything would begin that, and take memory there."""
         torch = sys.modules.get("torch")
-        return torch is not None and torch.cuda.is_available()
+        return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
     def gpu(self) -> dict[str, int]:
         """``peak_gpu_memory_bytes``: of this process's tensors on the current GPU; empty without one."""
-        if not self._on_gpu():
-            return {}
-        import torch
-
-        return {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated()}
+        cuda = self._cuda()
+        return {} if cuda is None else {"peak_gpu_memory_bytes": cuda.max_memory_allocated()}
 
     def peak(self) -> int:
         try:

@@ -92,8 +92,7 @@ def decompose(
             computes the fitted matrix for every alpha.
         use_rslora: scaling alpha / sqrt(r) instead of alpha / r.
         importance: the statistics of the layer's inputs, or their second moment alone: (in, in), or (in,) its diagonal. On
-            any device.
-            Of a layer that saw no input only the weight error is minimised.
+            any device. Of a layer that saw no input only the weight error is minimised.
         damping: λ of ``H_λ = (1 - λ) H d / tr(H) + λ I``, 0 to 1; ``None`` for the method's own. 1 is the weight error.
         svd: ``exact``, ``block`` or ``auto``; see :func:`loftq.solver.lowrank.truncated_svd`.
         seed: of the random start of the block power iteration and of A where it is not fitted.
