@@ -3,17 +3,20 @@
     python benchmarks/finetune/run.py                        # every experiment: hours on two cores
     python benchmarks/finetune/run.py wikitext2 --jobs 2     # one; two runs at once, with one thread each
     python benchmarks/finetune/run.py sst2 --only loftq-2    # runs whose name contains this
+    python benchmarks/finetune/run.py wikitext2_gpu --jobs 14 --device cuda --minutes 7    # on a GPU, for so long
     python benchmarks/finetune/run.py --plots-only
 
 Every start is made by ``loftq quantize`` (and ``loftq refine``), every run by ``loftq train``; each takes a few minutes, and
 what is finished is not repeated, here or where ``EXPERIMENT.json`` came from: it has a row for each run, and a row with the
-same command stands for its run. `experiments.py` says what they are.
+same command stands for its run. The first seed of every method comes before the second of any, so that an experiment that
+is stopped has the same seeds of all. `experiments.py` says what they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -42,6 +45,8 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", help=f"{', '.join(experiments.EXPERIMENTS)}; all by default")
     parser.add_argument("--only", default="", help="runs whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; the threads are shared among them")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where starts are decomposed")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--plots-only", action="store_true")
     chosen = parser.parse_args()
     unknown = [name for name in chosen.experiments if name not in experiments.EXPERIMENTS]
@@ -50,19 +55,20 @@ def main() -> None:
     if not DATA.is_dir():
         print(f"skipped: {DATA} is not here")
         return
+    end = time.monotonic() + 60 * chosen.minutes
     for name in chosen.experiments or experiments.EXPERIMENTS:
         experiment = experiments.EXPERIMENTS[name]()
         if not chosen.plots_only:
             runs = [run for run in experiment.runs if chosen.only in run.name]
-            perform(experiment, runs, chosen.jobs)
+            perform(experiment, runs, chosen.jobs, chosen.device, end)
         from pictures import plot
 
         for picture in plot(experiment.name, experiment.metric):
             print(f"-> {picture}")
 
 
-def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
-    """The runs, ``jobs`` at once; one that needs a start makes it, and others wait for that."""
+def perform(experiment: Experiment, runs: Iterable[Run], jobs: int, device: str, end: float) -> None:
+    """The runs, ``jobs`` at once and none begun after ``end``; one that needs a start makes it, others wait for that."""
     folder = WORK / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -74,12 +80,21 @@ def perform(experiment: Experiment, runs: Iterable[Run], jobs: int) -> None:
         for run in experiment.runs
         if (said := plain(command(folder, experiment, run, shared))) in rows
     }
-    left = [run for run in runs if run.name not in rows]
+    left = sorted((run for run in runs if run.name not in rows), key=lambda run: run.seed)
+
+    def one(run: Run) -> float | None:
+        if time.monotonic() > end:
+            return None
+        return train(experiment, folder, run, shared, threads, device)
+
     with ThreadPoolExecutor(jobs) as pool:
-        begun = {pool.submit(train, experiment, folder, run, shared, threads): run for run in left}
+        begun = {pool.submit(one, run): run for run in left}
         for done in as_completed(begun):
-            run = begun[done]
-            print(f"{experiment.name}/{run.name}: {done.result():.0f} s", flush=True)
+            run, seconds = begun[done], done.result()
+            if seconds is None:
+                print(f"{experiment.name}/{run.name}: not begun, the time is up", flush=True)
+                continue
+            print(f"{experiment.name}/{run.name}: {seconds:.0f} s", flush=True)
             rows[run.name] = row(experiment, folder, run)
             save(experiment, shared, rows)
 
@@ -99,7 +114,7 @@ def command(folder: Path, experiment: Experiment, run: Run, shared: dict[str, An
     return shlex.join(map(str, ("loftq", "train", folder / run.name, "--method", run.method, *start, *options)))
 
 
-def make(model: Model, start: str) -> None:
+def make(model: Model, start: str, device: str) -> None:
     """Make a start, and what it is made from before."""
     made = WORK / model.name
     folder = made / start
@@ -109,16 +124,17 @@ def make(model: Model, start: str) -> None:
         made.mkdir(parents=True, exist_ok=True)
         for command in model.commands(start, made):
             if isinstance(command, str):
-                make(model, command)
+                make(model, command, device)
             else:
                 print(f"{model.name}/{start}", flush=True)
-                loftq(*command)
+                on_gpu = ("--device", device) if device != "cpu" and command[0] == "quantize" else ()
+                loftq(*command, *on_gpu)
 
 
-def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int) -> float:
+def train(experiment: Experiment, folder: Path, run: Run, shared: dict[str, Any], threads: int, device: str) -> float:
     """One run, in a process of its own."""
     started = time.perf_counter()
-    make(experiment.model, run.start)
+    make(experiment.model, run.start, device)
     if not (folder / run.name / "training.json").exists():
         loftq(*shlex.split(command(folder, experiment, run, shared))[1:], threads=threads)
     for metric, extra in experiment.afterwards.items():
