@@ -84,6 +84,14 @@ def test_evaluate_on_other_data_with_other_metrics(trained, tmp_path):
     assert set(found["metrics"]) >= {"exact_match", "loss", "loss_se"}
 
 
+def test_a_run_continues_a_prompt(trained, llama, mistake):
+    folder, _ = trained
+    of_run = invoke("generate", folder, "-p", "1+1=", "--max-new-tokens", 3)
+    assert of_run == invoke("generate", llama, "--adapter", folder, "-p", "1+1=", "--max-new-tokens", 3)
+    message = mistake("generate", folder, "--no-adapter", "-p", "1+1=")
+    assert "is a run of `loftq train` with its own adapter; name its quantized folder instead" in message
+
+
 def test_a_quantized_folder_is_no_classifier(bert, letters_a_or_b, mistake):
     message = mistake("evaluate", bert, "--task", "classification", "--data", letters_a_or_b)
     assert "without a trained head for classification; train one with" in message

@@ -121,15 +121,10 @@ def test_a_hub_repository_to_quantize(tmp_path, monkeypatch):
         loftq.quantize_checkpoint("owner/model", tmp_path / "q", loftq.LoftQConfig(bits=4, rank=2), progress=False)
 
 
-def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, monkeypatch):
-    """A run on a hub id: config, tokenizer and weights are of the revision named, when it is trained and when it is loaded."""
-    from loftq.data.prepare import DataSettings
-    from loftq.errors import ConfigError
-    from loftq.finetune.load import load_run
-    from loftq.finetune.run import train
-    from loftq.finetune.settings import TrainSettings
-
-    asked = []
+@pytest.fixture
+def asked(folder, monkeypatch) -> list:
+    """The classes and revisions that the hub id owner/model is loaded with, from a folder."""
+    asked: list = []
 
     def at_a_revision(cls):
         before = cls.from_pretrained
@@ -144,6 +139,17 @@ def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, monkeypatch):
 
     for cls in (tf.AutoConfig, tf.AutoTokenizer, tf.AutoModelForCausalLM):
         at_a_revision(cls)
+    return asked
+
+
+def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, asked):
+    """A run on a hub id: config, tokenizer and weights are of the revision named, when it is trained and when it is loaded."""
+    from loftq.data.prepare import DataSettings
+    from loftq.errors import ConfigError
+    from loftq.finetune.load import load_run
+    from loftq.finetune.run import train
+    from loftq.finetune.settings import TrainSettings
+
     data = DataSettings("completion", str(folder / "rows.jsonl"))
     settings = TrainSettings(data, method="lora", max_steps=1, rank=2)
     record = train(tmp_path / "run", settings, model="owner/model", revision="v2", progress=False)
@@ -153,5 +159,24 @@ def test_a_revision_reaches_whatever_is_loaded(folder, tmp_path, monkeypatch):
     asked.clear()
     load_run(tmp_path / "run")
     assert set(asked) == {("AutoModelForCausalLM", "v2")}
-    with pytest.raises(ConfigError, match=r"the revision v2 is of the folder .*source, expected a hub id with --model"):
+    with pytest.raises(ConfigError, match=r"the revision v2 is of the folder .*source, expected one of a hub id"):
         train(tmp_path / "other", settings, model=str(folder / "source"), revision="v2", progress=False)
+
+
+def test_a_revision_reaches_what_is_measured_or_continued(folder, asked):
+    from typer.testing import CliRunner
+
+    from loftq.cli import app
+    from loftq.errors import ConfigError
+
+    text = str(folder / "rows.jsonl")
+    measure = ["--task", "completion", "--data", text, "--metrics", "perplexity"]
+    for words in (["evaluate", "--text", text], ["evaluate", *measure], ["generate", "-p", "a", "--max-new-tokens", "2"]):
+        asked.clear()
+        done = CliRunner().invoke(app, [words[0], "owner/model", "--revision", "v2", *words[1:]])
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert set(asked) >= {("AutoTokenizer", "v2"), ("AutoModelForCausalLM", "v2")}
+        assert {revision for _, revision in asked} == {"v2"}
+        done = CliRunner().invoke(app, [words[0], str(folder / "source"), "--revision", "v2", *words[1:]])
+        assert isinstance(done.exception, ConfigError)
+        assert "the revision v2 is of the folder" in str(done.exception)

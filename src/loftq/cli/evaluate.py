@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from loftq.data.prepare import DataSettings
 
 
+_How = dict[str, Any]
+"""What ``load_causal`` is told beside the model and its revision."""
+
+
 def evaluate(
     context: typer.Context,
     model: Annotated[
@@ -33,6 +37,7 @@ def evaluate(
     labels: options.Labels = None,
     metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
+    revision: options.Revision = None,
     adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
     window: options.Window = None,
@@ -66,6 +71,7 @@ def evaluate(
     from loftq.finetune.load import is_run
 
     asked = [n for n, given in (("--text", text), ("--task or --data", task or data), ("--lm-eval", lm_eval)) if given]
+    how: _How = {"adapter": adapter, "use_adapter": not no_adapter, "dtype": dtype}
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} were given together; give one")
     if lm_eval is not None:
@@ -77,7 +83,7 @@ def evaluate(
             "include_path": include_path,
             "predictions": predictions,
         }
-        _harness(model, adapter, not no_adapter, lm_eval, chosen, dtype, json_output)
+        _harness(model, revision, lm_eval, chosen, how, json_output)
     elif task or data or (is_run(model) and text is None):
         known = _known_data(model, task, data)
         counts.refuse_strays(context, counts.TASK_DATA, *([counts.of_task(known.task)] if known else []))
@@ -95,13 +101,13 @@ def evaluate(
             "prompt_template": prompt_template,
             "limit": limit,
         }
-        decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        decoding |= {"rouge_stem": rouge_stem}
+        decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "rouge_stem": rouge_stem}
+        decoding |= {"batch_size": batch_size, "revision": revision}
         _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
         counts.refuse_strays(context, counts.TEXT)
-        size = 1 if batch_size is None else batch_size
-        _text(model, text or "pydoc", adapter, not no_adapter, window, stride, max_tokens, size, dtype, json_output)
+        windows = {"window": window, "stride": stride, "batch_size": 1 if batch_size is None else batch_size}
+        _text(model, revision, text or "pydoc", max_tokens, windows, how, json_output)
 
 
 def _known_data(model: str, task: str | None, data: str | None) -> DataSettings | None:
@@ -152,67 +158,47 @@ def _task(
 
 
 def _harness(
-    model: str,
-    adapter: Path | None,
-    use_adapter: bool,
-    tasks: str,
-    chosen: dict[str, Any],
-    dtype: str | None,
-    json_output: bool,
+    model: str, revision: str | None, tasks: str, chosen: dict[str, Any], how: _How, json_output: bool
 ) -> None:
     from loftq.checkpoint.writer import check_file
     from loftq.evaluate.lm_eval import run_tasks
     from loftq.evaluate.models import load_tokenizer
+    from loftq.finetune.load import load_causal
     from loftq.report.tables import print_json
     from loftq.report.training import print_harness
 
     if chosen["predictions"] is not None:
         check_file(chosen["predictions"], "the predictions")
-    loaded = _loaded(model, adapter, use_adapter, dtype)
-    result = run_tasks(loaded, load_tokenizer(model), list(parse.names("--lm-eval", tasks)), **chosen)
+    loaded = load_causal(model, revision=revision, **how)
+    result = run_tasks(loaded, load_tokenizer(model, revision), list(parse.names("--lm-eval", tasks)), **chosen)
     if json_output:
         print_json({"model": model, **result})
     else:
         print_harness(result)
 
 
-def _loaded(model: str, adapter: Path | None, use_adapter: bool, dtype: str | None) -> Any:
-    from loftq.evaluate.models import check_causal, load_for_inference
-    from loftq.finetune.load import is_run, load_run
-
-    if not is_run(model):
-        return load_for_inference(model, adapter=adapter, use_adapter=use_adapter, dtype=dtype or "auto")
-    if adapter is not None or not use_adapter:
-        raise ConfigError(f"{model} is a run of `loftq train` with its own adapter; name its quantized folder instead")
-    loaded, _ = load_run(model, dtype=dtype)
-    check_causal(loaded, model)
-    return loaded
-
-
 def _text(
     model: str,
+    revision: str | None,
     text: str,
-    adapter: Path | None,
-    use_adapter: bool,
-    window: int | None,
-    stride: int | None,
     max_tokens: int | None,
-    batch_size: int,
-    dtype: str | None,
+    windows: dict[str, Any],
+    how: _How,
     json_output: bool,
 ) -> None:
     from loftq.evaluate.models import default_window, encode, load_tokenizer
     from loftq.evaluate.perplexity import perplexity
     from loftq.evaluate.text import read_text
+    from loftq.finetune.load import load_causal
     from loftq.report.progress import bar
     from loftq.report.tables import print_json
 
     content = read_text(text)
-    loaded = _loaded(model, adapter, use_adapter, dtype)
-    ids = encode(load_tokenizer(model), content, max_tokens)
-    size = default_window(loaded, window)
+    loaded = load_causal(model, revision=revision, **how)
+    ids = encode(load_tokenizer(model, revision), content, max_tokens)
+    windows["window"] = default_window(loaded, windows["window"])
     with bar(max(ids.numel() - 1, 1), "evaluating", "tokens") as advance:
-        result = perplexity(loaded, ids, window=size, stride=stride, batch_size=batch_size, advance=advance)
+        result = perplexity(loaded, ids, **windows, advance=advance)
     if json_output:
         print_json({"model": model, "text": text, **result.to_dict()})
     else:

@@ -42,11 +42,17 @@ def is_quantized(model: str | Path) -> bool:
 
 
 def load_for_inference(
-    model: str | Path, *, adapter: Path | None = None, use_adapter: bool = True, dtype: str = "auto"
+    model: str | Path,
+    *,
+    adapter: Path | None = None,
+    use_adapter: bool = True,
+    dtype: str = "auto",
+    revision: str | None = None,
 ) -> nn.Module:
     """A causal language model in eval mode: a quantized folder with its adapter, or any transformers model.
 
     ``dtype="auto"`` is float32 on the CPU, where half precision is slower or less exact, and the checkpoint's elsewhere.
+    ``revision`` is of a hub id; ``None`` for its main branch.
 
     Raises:
         SourceError: if there is no such model, or none in safetensors. ConfigError: for contradicting options.
@@ -63,7 +69,7 @@ def load_for_inference(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     loaded: nn.Module
-    check_exists(model)
+    check_exists(model, revision)
     if is_quantized(model):
         if use_adapter:
             loaded = load(model, adapter=adapter, dtype=chosen)
@@ -71,7 +77,7 @@ def load_for_inference(
             loaded = load_backbone(model, dtype=chosen)
     else:
         try:
-            loaded = load_pretrained(transformers.AutoModelForCausalLM, model, dtype=chosen)
+            loaded = load_pretrained(transformers.AutoModelForCausalLM, model, revision=revision, dtype=chosen)
         except LoftQError:
             raise
         except Exception as error:  # transformers and safetensors have many kinds for a damaged file
@@ -85,12 +91,18 @@ def load_for_inference(
     return loaded.to(device).eval()
 
 
-def check_exists(model: str | Path) -> None:
-    """A :class:`SourceError` for what is neither a folder here nor could be the name of a model on the hub."""
+def check_exists(model: str | Path, revision: str | None = None) -> None:
+    """A :class:`SourceError` for what is neither a folder here nor could be the name of a model on the hub; a
+    :class:`ConfigError` for a revision of a folder, which has none.
+    """
     if os.path.isfile(model):
         raise SourceError(f"{model} is a file, expected a model's folder or a hub id")
     if not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(model)):
         raise SourceError(f"{model} does not exist, expected a model's folder or a hub id")
+    if revision is not None and os.path.isdir(model):
+        raise ConfigError(
+            f"the revision {revision} is of the folder {model}, expected one of a hub id; leave --revision out"
+        )
 
 
 def check_causal(loaded: nn.Module, name: str | Path) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from loftq.checkpoint.naming import architecture
 from loftq.data.tasks import task
-from loftq.errors import BackboneMismatchError, SourceError
-from loftq.evaluate.models import is_quantized
+from loftq.errors import BackboneMismatchError, ConfigError, SourceError
+from loftq.evaluate.models import check_causal, check_exists, is_quantized, load_for_inference
 from loftq.finetune.adapter import TASK_TYPES
 from loftq.finetune.model import Start, load_base
 from loftq.finetune.record import RECORD, TrainingRecord
@@ -50,6 +50,33 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
     return _placed(with_adapter(base, folder)), record
 
 
+def load_causal(
+    model: str,
+    *,
+    revision: str | None = None,
+    adapter: Path | None = None,
+    use_adapter: bool = True,
+    dtype: str | None = None,
+) -> nn.Module:
+    """A causal language model in eval mode: a run of ``loftq train``, or what ``load_for_inference`` takes.
+
+    ``dtype=None`` is the run's own, or ``auto``. ``revision`` is of a hub id.
+
+    Raises:
+        SourceError, BackboneMismatchError: as there. ConfigError: another adapter for a run, or a revision of a folder.
+    """
+    if not is_run(model):
+        return load_for_inference(
+            model, adapter=adapter, use_adapter=use_adapter, dtype=dtype or "auto", revision=revision
+        )
+    check_exists(model, revision)
+    if adapter is not None or not use_adapter:
+        raise ConfigError(f"{model} is a run of `loftq train` with its own adapter; name its quantized folder instead")
+    loaded, _ = load_run(model, dtype=dtype)
+    check_causal(loaded, model)
+    return loaded
+
+
 def _check_backbone(folder: Path, record: TrainingRecord) -> None:
     if record.backbone_sha256 is None:
         return
@@ -73,9 +100,11 @@ def _placed(model: Any) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def load_for_task(model: str, name: str, labels: list[str] | None, dtype: str) -> nn.Module:
+def load_for_task(
+    model: str, name: str, labels: list[str] | None, dtype: str, revision: str | None = None
+) -> nn.Module:
     """A model that is no run of ours, for measuring a task: a quantized folder with its fitted adapter, or any model whose
-    checkpoint has the task's head.
+    checkpoint has the task's head. ``revision`` is of a hub id.
 
     Raises:
         SourceError: it does not load, or has no such head.
@@ -93,7 +122,7 @@ def load_for_task(model: str, name: str, labels: list[str] | None, dtype: str) -
             )
         return _placed(loaded)
     settings = TrainSettings(DataSettings(name, "-"), method="full", dtype=dtype)
-    loaded_base = load_base(Start(model), settings, labels)
+    loaded_base = load_base(Start(model, revision=revision), settings, labels)
     if loaded_base.missing:
         raise SourceError(
             f"{model} has no {sorted(loaded_base.missing)[0]}, the trained head for {name}; train one with `loftq train`"

@@ -27,6 +27,7 @@ def evaluate_task(
     max_new_tokens: int | None = None,
     num_beams: int | None = None,
     rouge_stem: bool | None = None,
+    revision: str | None = None,
     progress: bool = True,
 ) -> tuple[Measurement, DataSettings, list[str]]:
     """Measure a run of ``loftq train``, or another model that has the task's head.
@@ -37,6 +38,7 @@ def evaluate_task(
         metrics: ``None`` for the run's, or the task's own.
         dtype: ``None`` for the run's, or ``auto``. batch_size: examples at once; ``None`` for the run's, or 1.
         max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
+        revision: of ``model``, a hub id; by default its main branch.
         rouge_stem: ROUGE compares Porter's stems of words; ``None`` for the run's, or yes.
 
     Returns:
@@ -53,6 +55,7 @@ def evaluate_task(
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
+    check_exists(model, revision)
     if is_run(model):
         record = TrainingRecord.load(model)
         settings = _settings_of(record, changes)
@@ -67,12 +70,11 @@ def evaluate_task(
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
-        check_exists(model)
         settings = DataSettings(**{"split": "validation", **changes, "packing": None})
         chosen = check_metrics(settings.task, task(settings.task).metrics if metrics is None else metrics)
-        labels = list(settings.labels) or _labels_of(model) if settings.task == "classification" else None
-        loaded = load_for_task(model, settings.task, labels, dtype or "auto")
-    tokenizer = tokenizer_for(model, settings)
+        labels = list(settings.labels) or _labels_of(model, revision) if settings.task == "classification" else None
+        loaded = load_for_task(model, settings.task, labels, dtype or "auto", revision)
+    tokenizer = tokenizer_for(model, settings, revision=revision)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
     with bar(len(examples), "measuring", "examples", show=progress) as advance:
         result = measure(
@@ -105,10 +107,10 @@ def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSett
     return known.replace(**changes, packing=None)
 
 
-def _labels_of(model: str) -> list[str] | None:
+def _labels_of(model: str, revision: str | None) -> list[str] | None:
     """The classes that a model's config names; ``None`` where it only counts them."""
     try:
-        config = load_config(model)
+        config = load_config(model, revision)
     except SourceError:  # said where the model is loaded
         return None
     names = [str(config.id2label[i]) for i in sorted(config.id2label)] if config.id2label else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,10 +68,9 @@ def find_start(method: str, init_from: str | Path | None, model: str | None, rev
         ConfigError: a method without the model that it needs, or a revision of what has none. SourceError: there is no such
             model.
     """
-    if revision is not None and (model is None or os.path.exists(model)):
+    if revision is not None and model is None:
         raise ConfigError(
-            f"the revision {revision} is of {'no model' if model is None else f'the folder {model}'}, expected a hub id with "
-            f"--model; leave --revision out"
+            f"the revision {revision} is of no model, expected a hub id with --model; leave --revision out"
         )
     folder = None
     if init_from is not None:
@@ -97,7 +95,7 @@ def find_start(method: str, init_from: str | Path | None, model: str | None, rev
         model = QuantizationReport.load(folder).source.get("name")
         if not isinstance(model, str):
             raise ConfigError(f"{folder} does not say which model it was made from; name it with --model")
-    check_exists(model)
+    check_exists(model, revision)
     if is_quantized(model):
         raise ConfigError(
             f"{model} is quantized, but the method {method} trains a full-precision model; name its source"
