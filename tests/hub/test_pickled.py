@@ -171,7 +171,11 @@ def test_a_revision_reaches_what_is_measured_or_continued(folder, asked):
 
     text = str(folder / "rows.jsonl")
     measure = ["--task", "completion", "--data", text, "--metrics", "perplexity"]
-    for words in (["evaluate", "--text", text], ["evaluate", *measure], ["generate", "-p", "a", "--max-new-tokens", "2"]):
+    for words in (
+        ["evaluate", "--text", text],
+        ["evaluate", *measure],
+        ["generate", "-p", "a", "--max-new-tokens", "2"],
+    ):
         asked.clear()
         done = CliRunner().invoke(app, [words[0], "owner/model", "--revision", "v2", *words[1:]])
         assert done.exit_code == 0, (done.output, done.exception)

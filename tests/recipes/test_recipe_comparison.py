@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -81,6 +82,10 @@ def test_from_what_an_evaluation_returns():
     result = {"accuracy": 91.5, "f1": None, "examples": 408, "predictions": "file.jsonl"}
     expected = Measurement("lora", 3, "validation", {"accuracy": 91.5, "f1": None}, 408)
     assert Measurement.from_result("lora", 3, "validation", result) == expected
+    rouge = {"stem": True, "sentences": "rule"}
+    assert Measurement.from_result("lora", 3, "validation", {**result, "rouge": rouge}) == replace(
+        expected, rouge=rouge
+    )
 
 
 @pytest.mark.parametrize(

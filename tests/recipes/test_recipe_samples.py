@@ -9,6 +9,7 @@ import transformers as tf
 from typer.testing import CliRunner
 
 from loftq.cli import app
+from loftq.evaluate.rouge import conditions
 from loftq.finetune.record import TrainingRecord
 
 pytestmark = pytest.mark.slow  # half a minute each
@@ -73,3 +74,5 @@ def test_xsum_with_an_encoder_decoder_of_two_encoders(samples, minilm_dir, tmp_p
     lines = reproduce(name, tmp_path / "out", "--model", tmp_path / "model", *files)
     print(lines)
     assert {line["metric"] for line in lines} == {"rouge1", "rouge2", "rougeLsum"}
+    state = json.loads((tmp_path / "out" / "reproduce.json").read_text(encoding="utf-8"))
+    assert all(row["rouge"] == conditions(True) for row in state["measured"])

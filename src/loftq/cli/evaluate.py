@@ -134,6 +134,7 @@ def _task(
 ) -> None:
     from loftq.checkpoint.writer import check_file
     from loftq.evaluate.predictions import write_predictions
+    from loftq.evaluate.rouge import told
     from loftq.finetune.measure import evaluate_task
     from loftq.report.tables import print_json
     from loftq.report.training import print_metrics
@@ -152,9 +153,7 @@ def _task(
     else:
         print_metrics(result.metrics)
         if result.rouge is not None:
-            typer.echo(
-                f"ROUGE {'with' if result.rouge['stem'] else 'without'} stems, sentences by {result.rouge['sentences']}"
-            )
+            typer.echo(told(result.rouge))
 
 
 def _harness(

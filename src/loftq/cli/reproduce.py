@@ -190,6 +190,7 @@ def _notes(recipe: Recipe, options: Options) -> list[str]:
 def _print_comparison(recipe: Recipe, options: Options, json_output: bool) -> None:
     from dataclasses import asdict
 
+    from loftq.evaluate.rouge import told
     from loftq.recipes.comparison import compare, comparison_table
     from loftq.recipes.reproduce import measurements
     from loftq.report.tables import console, print_json
@@ -202,7 +203,8 @@ def _print_comparison(recipe: Recipe, options: Options, json_output: bool) -> No
     screen = console()
     screen.print(f"\n{recipe.name}: {recipe.table}")
     screen.print(comparison_table(recipe, measured))
-    for note in _notes(recipe, options):
+    rouge = dict.fromkeys(told(m.rouge) for m in measured if m.rouge is not None)
+    for note in (*_notes(recipe, options), *rouge):
         screen.print(note, markup=False)
 
 

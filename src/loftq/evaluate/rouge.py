@@ -64,6 +64,11 @@ def punkt() -> Callable[[str], list[str]] | None:
     return sent_tokenize
 
 
+def told(conditions: Mapping[str, Any]) -> str:
+    """What :func:`conditions` gives, in words."""
+    return f"ROUGE {'with' if conditions['stem'] else 'without'} stems, sentences by {conditions['sentences']}"
+
+
 def conditions(stem: bool) -> dict[str, Any]:
     """What the scores are taken with: ``stem``, and ``sentences``, ``punkt`` or ``rule``."""
     return {"stem": stem, "sentences": "punkt" if punkt() else "rule"}

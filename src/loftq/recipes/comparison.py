@@ -22,6 +22,7 @@ class Measurement:
         method, seed, evaluation: of which step.
         metrics: name -> value in the published unit, percent but for perplexity; ``None`` where it is undefined.
         examples: how many were evaluated.
+        rouge: what ROUGE was taken with, see :func:`loftq.evaluate.rouge.conditions`; ``None`` where it was not taken.
     """
 
     method: str
@@ -29,12 +30,13 @@ class Measurement:
     evaluation: str
     metrics: Mapping[str, float | None]
     examples: int
+    rouge: Mapping[str, Any] | None = None
 
     @classmethod
     def from_result(cls, method: str, seed: int, evaluation: str, result: Mapping[str, Any]) -> Measurement:
-        """From what an evaluation returns: metrics and ``examples`` in one mapping."""
+        """From what an evaluation returns: metrics, ``examples`` and ``rouge`` in one mapping."""
         metrics = {k: v for k, v in result.items() if k != "examples" and (v is None or isinstance(v, (int, float)))}
-        return cls(method, seed, evaluation, metrics, int(result["examples"]))
+        return cls(method, seed, evaluation, metrics, int(result["examples"]), result.get("rouge"))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ Runner = Callable[[Step, bool], Mapping[str, Any]]
 
 
 def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
-    """Do one step and return what it reports; of an ``evaluate``, its metrics and ``examples``, their number.
+    """Do one step and return what it reports; of an ``evaluate``, its metrics, ``examples``, their number, and
+    ``rouge``, what ROUGE was taken with.
 
     Raises:
         LoftQError: what the step raises.
@@ -64,7 +65,8 @@ def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
     )
     if result.predictions:
         write_predictions(given["predictions"], result.predictions)
-    return {**result.metrics, "examples": result.examples}
+    rouge = {} if result.rouge is None else {"rouge": result.rouge}
+    return {**result.metrics, "examples": result.examples, **rouge}
 
 
 def _given(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class _State:
     def finish(self, step: Step, result: Mapping[str, Any]) -> None:
         if step.kind == EVALUATE:
             row = Measurement.from_result(step.method, step.seed, step.evaluation or "", result)
-            self.values["measured"].append(asdict(row))
+            self.values["measured"].append({k: v for k, v in asdict(row).items() if (k, v) != ("rouge", None)})
         self.values["done"].append(step.name)
         with disk_errors(self.file):
             self._write()
