@@ -19,7 +19,6 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- finetune tables -->", "<!-- end of finetune tables -->"
 TABLES = {
     "wikitext2": {"perplexity": "perplexity"},
-    "wikitext2_long": {"perplexity": "perplexity"},
     "gsm8k": {"perplexity": "perplexity of the answers", "gsm8k": "accuracy, %"},
     "stories": {"perplexity": "perplexity"},
     "sst2": {"accuracy": "accuracy, %"},

@@ -1,11 +1,15 @@
 """``loftq ablate`` with fine-tuning: every cell as ``loftq train`` would train it, and continued after an interrupt."""
 
+import statistics
+from dataclasses import replace
+
 import pytest
 
 import loftq
 from loftq.ablate import Ablation, Sweep, ablate, run
 from loftq.data.prepare import DataSettings
-from loftq.errors import OutputError
+from loftq.errors import ConfigError, OutputError
+from loftq.finetune.record import TrainingRecord
 from loftq.finetune.settings import TrainSettings
 from sweeps import invoke, table
 
@@ -65,6 +69,34 @@ def test_cells_train_as_they_would_alone(bert, letters_a_or_b, tmp_path):
     }
 
 
+def test_several_seeds(bert, letters_a_or_b, tmp_path):
+    """Each cell is quantized once, trained with every seed, and has their mean and sample standard deviation."""
+    chosen = replace(settings(bert, letters_a_or_b, 4), seeds=(0, 1, 2), keep=True)
+    ((row, _),) = ablate(chosen, tmp_path / "out", progress=False)
+    (folder,) = (p for p in (tmp_path / "out" / "cells").iterdir() if p.name.endswith("-runs"))
+    records = [TrainingRecord.load(folder / seed) for seed in "012"]
+    assert [record.train_settings.seed for record in records] == [0, 1, 2]
+    for when in ("before", "after"):
+        values = [getattr(record, when)["accuracy"] for record in records]
+        assert row.metrics[f"{when}_accuracy"] == pytest.approx(statistics.fmean(values))
+        assert row.metrics[f"{when}_accuracy_sd"] == pytest.approx(statistics.stdev(values))
+    assert (row, False) in list(ablate(chosen, tmp_path / "out", progress=False)), "read back from the table"
+    options = ["--task", "classification", "--data", letters_a_or_b, "--eval-data", letters_a_or_b, "--bits", "2"]
+    options += ["--rank", "4", "--max-steps", "4", "--lr", "1e-2", "--batch-size", "24", "--metrics", "accuracy"]
+    done = invoke(bert.parent / "source", "--out", tmp_path / "cli", *options, "--seeds", "0,1,2")
+    (read,) = table(tmp_path / "cli" / "ablation.csv")
+    assert {n: float(v) for n, v in read.items() if "_accuracy" in n} == pytest.approx(
+        {n: v for n, v in row.metrics.items() if "_accuracy" in n}
+    )
+    assert " ± " in done.stdout
+    for seeds, expected in (
+        ("0,0", "seeds is 0, 0, expected different ones"),
+        ("a", "--seeds is 'a', expected integers"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            invoke(bert.parent / "source", "--out", tmp_path / "bad", *options, "--seeds", seeds)
+
+
 def test_an_interrupted_training_continues(bert, letters_a_or_b, tmp_path, monkeypatch):
     chosen = settings(bert, letters_a_or_b, 2)
     train, started = run.train, []
@@ -76,7 +108,7 @@ def test_an_interrupted_training_continues(bert, letters_a_or_b, tmp_path, monke
     monkeypatch.setattr(run, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(ablate(chosen, tmp_path / "out", progress=False))
-    quantized = tmp_path / "out" / "cells" / started[0].name.removesuffix("-run")
+    quantized = tmp_path / "out" / "cells" / started[0].parent.name.removesuffix("-runs")
     before = (quantized / "model.safetensors").stat().st_mtime_ns
     seen = []
 

@@ -16,7 +16,7 @@ from loftq.ablate.discrepancy import NORMS, Discrepancy, DiscrepancyMeter, means
 from loftq.ablate.factors import Factors
 from loftq.ablate.inputs import check_inputs
 from loftq.ablate.settings import Ablation
-from loftq.ablate.table import AFTER, BEFORE, Row, Tables
+from loftq.ablate.table import AFTER, BEFORE, Row, Tables, over_seeds
 from loftq.calibrate.kept import kept_statistics
 from loftq.calibrate.statistics import Statistics
 from loftq.checkpoint.assembly import Parameters
@@ -145,23 +145,23 @@ class _Session:
     def measure(self, cell: Factors, config: LoftQConfig) -> tuple[Row, list[Discrepancy]]:
         """A cell's row and modules. After an interrupt its folders stay; the next run continues a training in them."""
         folder = self.folder / WORK / slug(cell)
-        run = folder.with_name(f"{folder.name}-run")
+        runs = folder.with_name(f"{folder.name}-runs")
         named: dict[str, Any] = {"factors": cell, "seed": self.settings.seed, "command": self.command}
         modules: list[Discrepancy] = []
         try:
-            row, modules = self._measured(config, folder, run, named)
+            row, modules = self._measured(config, folder, runs, named)
         except LoftQError as error:
             row = Row(**named, error=str(error))
         except Exception as error:  # the other cells are worth having
             row = Row(**named, error=f"{type(error).__name__}: {first_line(error)}")
         if not self.settings.keep:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(runs, ignore_errors=True)
         gc.collect()  # models have cycles, and the next one needs the memory
         return row, modules
 
     def _measured(
-        self, config: LoftQConfig, folder: Path, run: Path, named: dict[str, Any]
+        self, config: LoftQConfig, folder: Path, runs: Path, named: dict[str, Any]
     ) -> tuple[Row, list[Discrepancy]]:
         cell: Factors = named["factors"]
         shared = None if cell.calibration is None else self.statistics(cell.calibration)
@@ -175,18 +175,21 @@ class _Session:
         if self.settings.text is not None:
             found |= self._perplexity(merged(load_for_inference(folder)), label(cell))
         if self.settings.train is not None:
-            record = train(
-                run,
-                self.settings.train_settings(cell),
-                init_from=folder,
-                progress=self.progress,
-                command=self.command,
-                notice=self.notice,
-            )
-            before = {f"{BEFORE}{name}": value for name, value in (record.before or {}).items()}
-            found["metrics"] = before | {f"{AFTER}{name}": value for name, value in (record.after or {}).items()}
-            found["status"] = record.status
-            found["training_seconds"] = record.timing["training_seconds"]
+            records = [
+                train(
+                    runs / str(settings.seed),
+                    settings,
+                    init_from=folder,
+                    progress=self.progress,
+                    command=self.command,
+                    notice=self.notice,
+                )
+                for settings in self.settings.trainings(cell)
+            ]
+            found["metrics"] = over_seeds(BEFORE, [record.before or {} for record in records])
+            found["metrics"] |= over_seeds(AFTER, [record.after or {} for record in records])
+            found["status"] = ", ".join(dict.fromkeys(record.status for record in records))
+            found["training_seconds"] = sum(record.timing["training_seconds"] for record in records)
         row = Row(
             **named,
             **found,

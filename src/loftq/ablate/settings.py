@@ -33,7 +33,8 @@ class Ablation:
             none.
         block_size, scale, scale_dtype, target_modules, exclude_modules: as for :class:`loftq.LoftQConfig`, in all cells.
         calibration_samples, calibration_length, calibration_gradients: likewise, for texts of the sweep.
-        seed: of every random choice. keep: keep the quantized folders and the runs.
+        seed: of every random choice. seeds: of the trainings, each cell is trained once with each; empty for ``train``'s own.
+        keep: keep the quantized folders and the runs.
 
     Raises:
         ConfigError: for a value out of range, an impossible combination, calibration on the text that is measured, or
@@ -55,6 +56,7 @@ class Ablation:
     calibration_length: int = _DEFAULT.calibration_length
     calibration_gradients: int = _DEFAULT.calibration_gradients
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     keep: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +67,13 @@ class Ablation:
         for calibration in self.sweep.calibration:
             if calibration is not None and self.text is not None:
                 check_apart(calibration, self.text)
+        if self.seeds and (self.train is None or len(set(self.seeds)) < len(self.seeds)):
+            said = ", ".join(map(str, self.seeds))
+            raise ConfigError(
+                f"seeds is {said}, expected different ones; name each once"
+                if self.train is not None
+                else f"seeds is {said}, but nothing is trained; give a task and its data too"
+            )
         if self.train is not None and self.train.eval_data is None:
             raise ConfigError(
                 "the cells are to be trained, but there is nothing to measure them on; give eval data too"
@@ -99,10 +108,11 @@ class Ablation:
             model, factors.bits, {n: v for n, v in config.to_dict().items() if n not in ("bits", "first_layers_bits")}
         )
 
-    def train_settings(self, factors: Factors) -> TrainSettings:
-        """How a cell is trained."""
+    def trainings(self, factors: Factors) -> list[TrainSettings]:
+        """How a cell is trained, once for each seed."""
         assert self.train is not None
-        return self.train.replace(method="qlora" if factors.method in PLAIN else "loftq")
+        method = "qlora" if factors.method in PLAIN else "loftq"
+        return [self.train.replace(method=method, seed=seed) for seed in self.seeds or (self.train.seed,)]
 
     def fingerprint(self, source: Source) -> dict[str, Any]:
         """What all cells of a folder have in common; values of factors may be added by a later command."""

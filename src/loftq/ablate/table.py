@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loftq.errors import SourceError
 
 TABLE = "ablation.csv"
 MODULES = "modules.csv"
-BEFORE, AFTER = "before_", "after_"
+BEFORE, AFTER, SPREAD = "before_", "after_", "_sd"
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Row:
         frobenius, frobenius_relative, spectral, spectral_relative: means over the modules, see
             :class:`loftq.ablate.discrepancy.Discrepancy`.
         perplexity, perplexity_se: before fine-tuning, with its standard error.
-        metrics: of the task: ``before_NAME`` and ``after_NAME`` fine-tuning. status: of the training run.
+        metrics: of the task: ``before_NAME`` and ``after_NAME`` fine-tuning, with several seeds their mean, and ``…_sd``, the
+            sample standard deviation. status: of the training, or trainings.
         bits_per_weight: measured, adapters apart. bytes: of the same; adapter_bytes: of A and B, 0 where nothing is fitted.
-        seconds: of the quantization; training_seconds: of the training.
+        seconds: of the quantization; training_seconds: of all trainings.
         seed, command: that gave the row. error: why the cell failed, in one sentence.
     """
 
@@ -62,6 +64,19 @@ class Row:
         values = asdict(self)
         flat = {**values.pop("factors"), **values.pop("metrics"), **values}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}
+
+
+def over_seeds(prefix: str, found: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Mean of each metric, and with several seeds its sample standard deviation; without what is undefined for one."""
+    result = {}
+    for name in found[0]:
+        values = [metrics.get(name) for metrics in found]
+        known = [v for v in values if v is not None]
+        if len(known) == len(values):
+            result[f"{prefix}{name}"] = statistics.fmean(known)
+            if len(known) > 1:
+                result[f"{prefix}{name}{SPREAD}"] = statistics.stdev(known)
+    return result
 
 
 _INTEGERS = ("bytes", "adapter_bytes", "seed")

@@ -86,6 +86,12 @@ def ablate(
     scale_dtype: Annotated[str, typer.Option(help=f"{', '.join(SCALE_DTYPES)}.")] = _DEFAULT.scale_dtype,
     target_modules: options.TargetModules = None,
     seed: options.Seed = 0,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the trainings, with commas: mean ± standard deviation of each cell.", show_default="--seed"
+        ),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the quantized folders and the runs.")] = False,
     plots: Annotated[
         bool | None, typer.Option("--plots/--no-plots", help="Pictures.", show_default="where matplotlib is installed")
@@ -149,6 +155,7 @@ def ablate(
         calibration_samples=calibration_samples,
         calibration_length=calibration_length,
         seed=seed,
+        seeds=() if seeds is None else parse.seeds(seeds),
         keep=keep,
     )
     if plots:
@@ -259,11 +266,18 @@ def _measured(settings: Ablation) -> dict[str, str]:
     return shown
 
 
+def _with_spread(row: Row, name: str, number: Callable[[float], str]) -> str:
+    from loftq.ablate.table import SPREAD
+
+    value, spread = row.value(name), row.metrics.get(f"{name}{SPREAD}")
+    return "" if value is None else number(value) + ("" if spread is None else f" ± {spread:.2g}")
+
+
 def _line(row: Row, settings: Ablation) -> str:
     if row.error:
         return row.error
-    known = {heading: row.value(name) for name, heading in _measured(settings).items()}
-    return ", ".join(f"{heading} {value:.4g}" for heading, value in known.items() if value is not None)
+    known = {heading: _with_spread(row, name, "{:.4g}".format) for name, heading in _measured(settings).items()}
+    return ", ".join(f"{heading} {value}" for heading, value in known.items() if value)
 
 
 def _print(rows: list[Row], settings: Ablation) -> None:
@@ -281,7 +295,7 @@ def _print(rows: list[Row], settings: Ablation) -> None:
     lines = []
     for row in rows:
         cells_of = [factor(getattr(row.factors, name)) for name in varying]
-        values = ["" if (v := row.value(name)) is None else number(v) for name in measured]
+        values = [_with_spread(row, name, number) for name in measured]
         lines.append([*cells_of, *values, "" if row.seconds is None else f"{row.seconds:.1f}", row.error or ""])
     columns = {**dict.fromkeys(varying, "left"), **dict.fromkeys([*measured.values(), "s"], "right"), "": "left"}
     console().print(table(columns, lines))

@@ -66,6 +66,7 @@ _FINE_TUNING = (
     "limit",
     "eval_limit",
     "metrics",
+    "seeds",
 )
 _OF_DATA = ("split", "map", "labels", "metrics", "max_length", "max_new_tokens", "num_beams", "rouge_stem")
 _OF_RECIPE = ("dry_run", "out", "methods", "seeds", "model", "revision", "local", "file", "limit", "change")

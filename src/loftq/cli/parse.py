@@ -61,6 +61,14 @@ def names(option: str, value: str | None) -> tuple[str, ...] | None:
     return found
 
 
+def seeds(value: str) -> tuple[int, ...]:
+    """``--seeds 0,1,2``"""
+    try:
+        return tuple(int(part) for part in names("--seeds", value))
+    except ValueError:
+        raise ConfigError(f"--seeds is {value!r}, expected integers with commas such as 0,1,2") from None
+
+
 def int_patterns(option: str, values: Iterable[str] | None) -> dict[str, int]:
     """``--bits-pattern down_proj=4`` -> ``{"down_proj": 4}``."""
     result = {}

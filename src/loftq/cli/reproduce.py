@@ -78,7 +78,7 @@ def reproduce(
         revision=revision,
         local={} if local is None else find_local(recipe, Path(os.path.expanduser(local)), chosen),
         limit=limit,
-        seeds=_seeds(seeds),
+        seeds=parse.seeds(seeds),
     )
     if dry_run:
         from loftq.recipes.dryrun import dry_run as check
@@ -206,13 +206,6 @@ def _print_comparison(recipe: Recipe, options: Options, json_output: bool) -> No
     rouge = dict.fromkeys(told(m.rouge) for m in measured if m.rouge is not None)
     for note in (*_notes(recipe, options), *rouge):
         screen.print(note, markup=False)
-
-
-def _seeds(value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in parse.names("--seeds", value))
-    except ValueError:
-        raise ConfigError(f"--seeds is {value!r}, expected integers with commas such as 0,1,2") from None
 
 
 def _files(values: list[str] | None) -> dict[str, Path]:
