@@ -95,7 +95,6 @@ BAD = {
     "evaluation unknown": ("published|loftq", {"c/f1": 1}, "an evaluation of published.loftq is 'c'"),
     "number in words": ("published|loftq", {"f1": "N.A."}, "published.loftq.f1 is 'N.A.', expected a positive number"),
     "numbers missing": ("published|loftq", None, "published.loftq is None, expected a mapping"),
-    "nothing published": ("published", {}, "published is empty"),
     "bits 5": ("quantization|bits", 5, "quantization: bits is 5, expected one of 2, 3, 4, 8"),
     "first layers": ("quantization|first_layers_bits", 16, "quantization: first_layers_bits is 16"),
     "quantization typo": ("quantization|num_iters", 5, "quantization: LoftQConfig has no option 'num_iters', did you"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from loftq.errors import ConfigError
 from loftq.recipes import load_recipe
 from loftq.recipes.comparison import Measurement, as_printed, compare, comparison_table
+from loftq.recipes.steps import Options, plan_steps
 
 
 def shown(recipe, measured) -> list[list[str]]:
@@ -101,3 +103,21 @@ def test_from_what_an_evaluation_returns():
 )
 def test_digits_as_printed(metric, value, text):
     assert as_printed(metric, value) == text
+
+
+def test_nothing_published():
+    """A recipe of one's own: its metrics, what was measured, and no method but those that are named."""
+    recipe = replace(load_recipe("glue/cola-nf2-r16"), published={})
+    measured = [
+        Measurement("loftq", seed, "validation", {"matthews": value}, 10) for seed, value in ((0, 40.0), (1, 44.0))
+    ]
+    (line,) = compare(recipe, measured)
+    assert (line.method, line.metric, line.published, line.measured, line.runs) == ("loftq", "matthews", None, 42.0, 2)
+    with pytest.raises(
+        ConfigError, match="no published number of anything that loftq runs; name what to run with --methods"
+    ):
+        plan_steps(recipe, Options(Path("out")))
+    assert {step.method for step in plan_steps(recipe, Options(Path("out"), methods=("qlora", "loftq")))} == {
+        "qlora",
+        "loftq",
+    }

@@ -95,7 +95,11 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert (recipe.training.epochs, recipe.training.batch_size) == (1, base.training.batch_size)
     assert recipe.published == {"loftq": {"accuracy": 50.0}}
     assert set(base.unstated) - set(recipe.unstated) == {"training.weight_decay"}
-    assert recipe.notes == (*base.notes, "my note")
+    assert (recipe.notes, recipe.published_size, recipe.seeds) == (("my note",), {}, None), "the paper's are not mine"
+    assert base.seeds == 4
+    same_model = load_recipe(write(tmp_path, "same", "extends: glue/mnli-nf2-r16\nnotes: [my note]"))
+    assert same_model.notes == (*base.notes, "my note")
+    assert same_model.published == base.published
     assert recipe.quantization == base.quantization
 
 

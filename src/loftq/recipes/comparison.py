@@ -100,8 +100,9 @@ def comparison_table(recipe: Recipe, measured: Iterable[Measurement]) -> Table:
 
 
 def _metrics(recipe: Recipe) -> list[str]:
-    """Names under which a method without published numbers is shown: those of the recipe's other methods."""
-    return list(dict.fromkeys(metric for numbers in recipe.published.values() for metric in numbers))
+    """Names under which a method without published numbers is shown: those of the recipe's other methods, if it has any."""
+    named = dict.fromkeys(metric for numbers in recipe.published.values() for metric in numbers)
+    return list(named or recipe.metrics)
 
 
 def _values(recipe: Recipe, metric: str, measured: Sequence[Measurement]) -> list[float]:

@@ -20,6 +20,8 @@ _SUFFIX = ".yaml"
 # the base's map and no number of its table is left over.
 _SECTIONS = ("data", "training", "quantization", "unstated")
 _ADDED = "notes"
+# What the paper found holds for its model and data set alone.
+_FOUND = ("published", "published_size", "seeds", "notes")
 _NAME = re.compile(r"([\w-]+/)?[\w.-]+")
 
 
@@ -72,7 +74,12 @@ def _hint(name: str, names: list[str]) -> str:
 
 def _shown(file: Path) -> str:
     """The path as messages show it: short for what comes with loftq."""
-    return file.relative_to(FOLDER).as_posix() if file.is_relative_to(FOLDER) else str(file)
+    return file.relative_to(FOLDER).as_posix() if _is_ours(file) else str(file)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether the file comes with loftq."""
+    return file.is_relative_to(FOLDER)
 
 
 def _extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -90,7 +97,10 @@ def _extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     parent = (FOLDER if "/" in base else file.parent) / f"{base}{_SUFFIX}"
     if not parent.is_file():
         raise ConfigError(f"{_shown(file)}: extends is {base!r}, but there is no file {_shown(parent)}; check the name")
-    return _merged(_extended(parent, (*above, file)), values)
+    inherited = _extended(parent, (*above, file))
+    if _is_ours(parent) and not _is_ours(file) and _experiment({**inherited, **values}) != _experiment(inherited):
+        inherited = {key: value for key, value in inherited.items() if key not in _FOUND}
+    return _merged(inherited, values)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -105,6 +115,12 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{_shown(file)} holds a {type(values).__name__}, expected the keys of a recipe")
     return values
+
+
+def _experiment(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and data set."""
+    data = values.get("data")
+    return values.get("model"), data.get("id") if isinstance(data, Mapping) else data
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

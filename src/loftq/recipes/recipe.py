@@ -110,7 +110,7 @@ class Recipe:
     data: Data
     training: Training
     metrics: tuple[str, ...]
-    published: Numbers
+    published: Numbers = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     published_size: Mapping[str, float] = field(default_factory=dict)
     seeds: int | None = None
@@ -148,7 +148,7 @@ def parse_recipe(name: str, values: Mapping[str, Any], where: str) -> Recipe:
         ConfigError: an unknown or missing key or a wrong value, in one sentence with the file and the key.
     """
     known = [f.name for f in dataclasses.fields(Recipe) if f.name != "name"]
-    read.keys(where, values, known, ("table", "model", "task", "data", "training", "metrics", "published"))
+    read.keys(where, values, known, ("table", "model", "task", "data", "training", "metrics"))
     data = _data(f"{where}: data", read.mapping(where, "data", values["data"]))
     metrics = read.texts(where, "metrics", values["metrics"], empty=False)
     recipe = Recipe(
@@ -160,7 +160,7 @@ def parse_recipe(name: str, values: Mapping[str, Any], where: str) -> Recipe:
         data=data,
         training=_training(f"{where}: training", read.mapping(where, "training", values["training"])),
         metrics=metrics,
-        published=_published(where, values["published"], metrics, data.evaluate),
+        published=_published(where, values.get("published") or {}, metrics, data.evaluate),
         quantization=_quantization(where, values.get("quantization")),
         published_size=_published_size(where, values.get("published_size")),
         seeds=read.optional(read.count, where, "seeds", values.get("seeds")),
@@ -233,8 +233,6 @@ def _published(where: str, values: Any, metrics: tuple[str, ...], evaluations: M
                 read.choice(where, f"an evaluation of {key}", evaluation, tuple(evaluations))
             found[str(metric)] = read.optional(read.positive, where, f"{key}.{metric}", number)
         result[str(method)] = found
-    if not result:
-        raise ConfigError(f"{where}: published is empty, expected method: {{metric: number}}, or null for N.A.")
     return result
 
 

@@ -121,7 +121,9 @@ def plan_steps(recipe: Recipe, options: Options) -> list[Step]:
             raise ConfigError(f"{method} is not run by loftq ({REFERENCES[method]}); leave it out of --methods")
         choice(recipe.name, "a method", method, RUNNABLE)
     if not methods:
-        raise ConfigError(f"{recipe.name} has published numbers only of what loftq does not run; name --methods")
+        raise ConfigError(
+            f"{recipe.name} has no published number of anything that loftq runs; name what to run with --methods"
+        )
     return [step for method in dict.fromkeys(methods) for step in _steps_of(recipe, options, method)]
 
 
