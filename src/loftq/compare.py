@@ -125,7 +125,11 @@ class Comparison:
 
 
 def first_layers(model: nn.Module, bits: float, options: Mapping[str, Any]) -> LoftQConfig:
-    """The config whose first layers have 4 bits (8 above 4), as many as keep the average width at most ``bits``."""
+    """The config whose first layers have 4 bits (8 above 4), as many as keep the average width at most ``bits``.
+
+    Raises:
+        ConfigError: not even one layer can.
+    """
     chosen = LoftQConfig(bits=max(b for b in BITS if b < bits), **options)
     high = 4 if bits < 4 else 8
     for count in range(1, len(plan_modules(model, chosen)) + 1):
@@ -136,6 +140,11 @@ def first_layers(model: nn.Module, bits: float, options: Mapping[str, Any]) -> L
         chosen = config
         if all(plan.spec.bits == high for plan in plans.values()):
             break
+    if chosen.first_layers_bits is None:
+        raise ConfigError(
+            f"{bits:g} bits are out of reach: with the model's first layer alone at {high} bits the average is "
+            f"{average_bits(plans):.3g}; choose {chosen.bits} bits, or an average of at least that"
+        )
     return chosen
 
 

@@ -273,6 +273,8 @@ def test_encoder_has_norms_only(minilm_dir, tmp_path):
         (["--task", "causal", "--data", "no.jsonl", "--eval-data", "no.jsonl"], "no.jsonl"),
         (["--calibration", "none,no.jsonl"], "no.jsonl"),
         (["--text", "no.txt"], "no.txt"),
+        (["--text", "pydoc", "--window", "129"], "window is 129, but the model has 128 positions"),
+        (["--bits", "2,2.1"], "2.1 bits are out of reach"),
         (["--scale", "max"], "scale is 'max'"),
         (["--calibration", "a.txt", "--text", "a.txt"], "expected two texts"),
         (["--target-modules", "qproj"], "selects no linear layer"),

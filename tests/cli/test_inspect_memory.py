@@ -65,7 +65,9 @@ def test_table(source, monkeypatch):
         assert lines[name][1] == f"{part.parameters:,}"
     assert lines["total"][-2:] == ["100.0", "%"]
     assert f"compression ratio {100 * found.compression_ratio:.1f} %" in text
-    assert "training memory on cuda: 1 × 64 tokens, float32, AdamW" in text, "the model has 64 positions"
+    assert "training memory on cuda: 8 × 64 tokens, float32, AdamW" in text, (
+        "train's batch, and the model's 64 positions"
+    )
     assert len(lines["peak"]) == 1 + 2 * 3
     assert "workspace" not in lines, "there is none on a GPU"
     monkeypatch.setattr(kernels, "few_tokens", lambda device_type, dtype: 16)  # beyond, a CPU hands products to torch
@@ -119,13 +121,31 @@ def test_paper_models_by_path():
     assert "compression ratio 17.2 %, trainable ratio 3.1 %" in text
 
 
+def test_methods_that_have_a_prediction_are_shown(tmp_path):
+    """Dense experts of this model cannot be run on the meta device, packed ones can."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_local_experts": 2,
+        "vocab_size": 64,
+    }
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    values = json.loads(invoke("--config", tmp_path, "--rank", "2", "--length", "8", "--json"))
+    assert "loftq" in values["training"]
+    if values["training_problem"] is not None:  # transformers may learn to run them
+        assert values["training_problem"].startswith(tuple({"lora", "full"} - set(values["training"])))
+
+
 def test_a_model_that_takes_no_tokens_has_a_footprint(tmp_path):
     config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     config.architectures = ["ViTModel"]
     config.save_pretrained(tmp_path)
     text = invoke("--config", tmp_path, "--rank", "2")
     assert "backbone" in text
-    assert "no training memory: a training step of ViTModel cannot be run on token ids" in text
+    assert "no training memory of loftq: a training step of ViTModel cannot be run on token ids" in text
 
 
 def test_check_still_reads_the_weights(quantized):

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loftq.cli import app, main
+from loftq.errors import ConfigError
 from loftq.recipes import list_recipes, reproduce
 from loftq.recipes.steps import EVALUATE
 
@@ -98,6 +99,9 @@ def test_a_run_ends_with_measured_beside_published(tmp_path, monkeypatch):
     options = ["glue/mnli-nf2-r16", "--methods", "loftq", "--seeds", "0,2", "--out", tmp_path / "out"]
     text = invoke(*options)
     assert ["loftq", "matched/accuracy", "84.7", "81.00 (80.00 … 82.00)", "-3.70", "2"] in cells(text)
+    shown = json.loads(invoke(*options, "--json", "--limit", "3", "--out", tmp_path / "few"))
+    assert (shown["limit"], shown["model"]) == (3, "microsoft/deberta-v3-base")
+    assert any("not comparable with the published numbers" in note for note in shown["notes"])
     found = json.loads(invoke(*options, "--json"))["results"]
     assert [(line["method"], line["measured"], line["published"]) for line in found] == [
         ("qlora", None, 75.4),
@@ -105,6 +109,25 @@ def test_a_run_ends_with_measured_beside_published(tmp_path, monkeypatch):
         ("loftq", 81.0, 84.7),
         ("loftq", 81.0, 85.1),
     ]
+
+
+def test_texts_that_are_too_long_are_refused_before_anything_is_done(llama, sums, tmp_path, monkeypatch):
+    """A model with 128 positions; the recipe wants more to read, and more to write."""
+    monkeypatch.setattr(reproduce, "run_step", lambda *given: pytest.fail("begun"))
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        row = {"question": "1+1=", "answer": "2"}
+        (tmp_path / "data" / f"{split}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    options = ["gsm8k/llama2-7b-nf4-r64", "--local", tmp_path / "data", "--model", llama.parent / "source"]
+    options += ["--out", tmp_path / "out", "--set", "quantization.rank=4"]
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ConfigError, match="max_length is 512, but the model has 128 positions"):
+            invoke(*options, *more)
+        with pytest.raises(
+            ConfigError, match="max_new_tokens is 256, but the model has 128 positions; lower it with --set"
+        ):
+            invoke(*options, "--set", "training.max_length=64", *more)
+    assert not (tmp_path / "out").exists()
 
 
 MISTAKES = {

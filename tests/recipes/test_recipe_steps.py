@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,25 @@ def test_full_fine_tuning_and_lora_quantize_nothing():
     assert evaluate.arguments["run"] == "out/lora/seed-0"
 
 
+def test_lora_has_the_adapter_of_the_recipe():
+    """All of it that is not the quantizer, so that its scaling is that of the quantized starts beside it."""
+    given = {"rank": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.1}
+    recipe = replace(load_recipe("gsm8k/llama2-7b-nf4-r64"), quantization=given)
+    (train, _) = plan_steps(recipe, Options(Path("out"), methods=("lora",)))
+    assert {key: train.arguments["settings"][key] for key in given} == given
+    assert "--use-rslora" in train.command
+    assert "--lora-dropout 0.1" in train.command
+    for lost in ({"exclude_modules": ["k_proj"]}, {"rank_pattern": {"k_proj": 4}}):
+        recipe = replace(recipe, quantization={**given, **lost})
+        with pytest.raises(ConfigError, match=f"has {next(iter(lost))}, which training an adapter on the original"):
+            plan_steps(recipe, Options(Path("out"), methods=("lora",)))
+
+
+def test_the_folder_may_be_below_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert Options("~/rep").out == Path("/home/of/mine/rep")
+
+
 def test_methods_models_limits():
     found = steps("glue/cola-nf2-r16", methods=("qlora", "lora", "loftq-data"), model="my-model", limit=8)
     assert list(dict.fromkeys(s.method for s in found)) == ["qlora", "lora", "loftq-data"]
@@ -144,7 +164,7 @@ def test_local_files_take_the_hubs_place():
         ("xsum/bart-full", {"methods": ("lead-3",)}, "lead-3 is not run by loftq (the document's first three"),
         ("glue/mnli-nf2-r16", {"methods": ("lofq",)}, "a method is 'lofq'; did you mean loftq?"),
         ("glue/mnli-full", {"methods": ("loftq",)}, "glue/mnli-full is full fine-tuning"),
-        ("glue/mnli-full", {"methods": ("lora",)}, "glue/mnli-full is full fine-tuning"),
+        ("glue/mnli-full", {"methods": ("lora",)}, "describes no adapter; choose another recipe for lora"),
         ("glue/mnli-nf2-r16", {"limit": 0}, "limit is 0, expected an integer of at least 1"),
         ("glue/mnli-nf2-r16", {"seeds": ()}, "seeds is empty, expected different integers"),
         ("glue/mnli-nf2-r16", {"seeds": (1, 1)}, "seeds is 1, 1, expected different integers"),

@@ -11,6 +11,7 @@ from loftq.checkpoint.source import Source
 from loftq.data.prepare import prepare
 from loftq.errors import ConfigError
 from loftq.evaluate.models import load_tokenizer
+from loftq.evaluate.perplexity import check_window
 from loftq.evaluate.task import check_metrics
 from loftq.evaluate.tokens import stored_tokens, text_tokens
 from loftq.hub.adapter import task_type
@@ -43,4 +44,6 @@ def check_inputs(settings: Ablation, source: Source, model: nn.Module) -> Tensor
             f"a text was given to measure perplexity on, but {settings.model} is a {name}, which predicts no next token; "
             f"leave the text out"
         )
+    if settings.window is not None:
+        check_window(source.config(), settings.window)
     return text_tokens(settings.text, settings.model, settings.max_tokens)

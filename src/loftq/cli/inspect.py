@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from loftq.report.memory.footprint import Footprint
 
 
+_BATCH = 8
+"""As `loftq train` has it."""
+
+
 def inspect(
     context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder that `loftq quantize` has written.")] = None,
@@ -53,7 +57,7 @@ def inspect(
         str | None,
         typer.Option(help="Of weights that are not packed, and of training.", show_default="the config's, or float32"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences of a training step.", show_default="1")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a training step.", show_default="8")] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a training sequence.", show_default="512 or the model's limit")
     ] = None,
@@ -100,7 +104,7 @@ def inspect(
     from loftq.report.memory.training import LENGTH, TrainingSetup, position_limit, predict_methods
 
     setup = TrainingSetup(
-        batch_size=1 if batch_size is None else batch_size,
+        batch_size=_BATCH if batch_size is None else batch_size,
         length=min(LENGTH, position_limit(model) or LENGTH) if length is None else length,
         dtype=dtype,
         checkpointing=gradient_checkpointing,
@@ -120,7 +124,7 @@ def inspect(
     if training:
         print_training(training)
     if problem is not None:
-        typer.echo(f"no training memory: {problem}")
+        typer.echo(f"no training memory of {problem}")
 
 
 def _show_report(folder: Path, check: bool, json_output: bool) -> None:

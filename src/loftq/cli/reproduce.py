@@ -198,7 +198,9 @@ def _print_comparison(recipe: Recipe, options: Options, json_output: bool) -> No
     methods = options.methods or recipe.runnable()
     measured = [m for m in measurements(options.out) if m.seed in options.seeds and m.method in methods]
     if json_output:
-        print_json({"recipe": recipe.name, "results": [asdict(line) for line in compare(recipe, measured)]})
+        lines = [asdict(line) for line in compare(recipe, measured)]
+        shrunk = {"model": options.source(recipe)[0], "limit": options.limit, "notes": _notes(recipe, options)}
+        print_json({"recipe": recipe.name, **shrunk, "results": lines})
         return
     screen = console()
     screen.print(f"\n{recipe.name}: {recipe.table}")

@@ -87,16 +87,21 @@ def perplexity(
 
 def checked_ids(model: nn.Module, ids: Tensor, window: int) -> Tensor:
     """(n,) int64 ids to score, after checking that there are enough of them and that the window fits the model."""
-    positive_int("window", window, 2)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and window > limit:
-        raise ConfigError(
-            f"window is {window}, but the model has {limit} positions; choose a window of at most {limit}"
-        )
+    check_window(getattr(model, "config", None), window)
     ids = ids.flatten().long()
     if ids.numel() < 2:
         raise SourceError(f"the text has {ids.numel()} tokens, expected at least 2 to predict one from another")
     return ids
+
+
+def check_window(config: Any, window: int) -> None:
+    """A :class:`ConfigError` for a window that is too short, or longer than the model of this config."""
+    positive_int("window", window, 2)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and window > limit:
+        raise ConfigError(
+            f"window is {window}, but the model has {limit} positions; choose a window of at most {limit}"
+        )
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

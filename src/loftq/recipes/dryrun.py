@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.source import read_config
 from loftq.config import LoftQConfig
-from loftq.data.prepare import DataSettings
+from loftq.data.prepare import DataSettings, positions
 from loftq.errors import ConfigError
+from loftq.evaluate.task import GENERATED
 from loftq.finetune.settings import TrainSettings
 from loftq.recipes.recipe import Recipe
-from loftq.recipes.steps import QUANTIZE, TRAIN, Options, Step, plan_steps
+from loftq.recipes.steps import EVALUATE, QUANTIZE, TRAIN, Options, Step, plan_steps
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,29 @@ def _config_folder(model: str, revision: str | None) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+def check_lengths(recipe: Recipe, options: Options, steps: Iterable[Step]) -> None:
+    """Refuse inputs and generated texts that are longer than the model, where its ``config.json`` is on this machine.
+
+    Raises:
+        ConfigError: the first of them. SourceError: a configuration that transformers cannot build.
+    """
+    folder = _config_folder(*options.source(recipe))
+    if folder is None:
+        return
+    config = read_config(folder)
+    limit = positions(config, writing=True)
+    for step in steps:
+        given = step.arguments
+        if step.kind == QUANTIZE:
+            continue
+        DataSettings.from_dict(given["settings"]["data"] if step.kind == TRAIN else given["data"]).length(config)
+        new = given["options"]["max_new_tokens"] if step.kind == EVALUATE else 0
+        if set(recipe.metrics) & set(GENERATED) and limit is not None and new > limit:
+            raise ConfigError(
+                f"max_new_tokens is {new}, but the model has {limit} positions; lower it with --set training.max_new_tokens=N"
+            )
+
+
 @dataclass(frozen=True)
 class DryRun:
     """What a run would do.
@@ -118,6 +142,7 @@ def dry_run(recipe: Recipe, options: Options) -> DryRun:
         ConfigError, SourceError: what a run would stumble over.
     """
     steps = plan_steps(recipe, options)
+    check_lengths(recipe, options, steps)
     modules = {}
     for step in steps:
         if step.kind == QUANTIZE:

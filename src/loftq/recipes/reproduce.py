@@ -15,6 +15,7 @@ from loftq.data.prepare import DataSettings, check_rows
 from loftq.errors import OutputError
 from loftq.finetune.settings import TrainSettings
 from loftq.recipes.comparison import Measurement
+from loftq.recipes.dryrun import check_lengths
 from loftq.recipes.recipe import Recipe
 from loftq.recipes.steps import EVALUATE, QUANTIZE, TRAIN, Options, Step, plan_steps
 
@@ -88,7 +89,10 @@ def reproduce(
     for step in steps:  # what training would refuse is said before hours of quantization
         if step.kind == TRAIN:
             TrainSettings.from_dict(step.arguments["settings"])
-    _check_data([step for step in steps if step.name not in _finished(options.out)])
+    done = _finished(options.out)
+    left = [step for step in steps if step.name not in done]
+    check_lengths(recipe, options, left)
+    _check_data(left)
     state = _State(options.out, recipe, options)
     for step in steps:
         if step.name in state.done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(os.path.expanduser(self.out)))
         if self.limit is not None:
             positive_int("limit", self.limit)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
@@ -171,9 +173,23 @@ def _settings(recipe: Recipe, options: Options, method: str, seed: int) -> dict[
         "seed": seed,
     }
     if method == "lora":
-        fields = recipe.loftq_config("qlora").to_dict()  # checks them; LoRA has no quantizer
-        settings |= {key: fields[key] for key in ("rank", "lora_alpha", "target_modules")}
+        settings |= _adapter_settings(recipe)
     return settings
+
+
+def _adapter_settings(recipe: Recipe) -> dict[str, Any]:
+    """What LoRA on the original model has of a recipe: all but the quantizer."""
+    if recipe.quantization is None:
+        raise ConfigError(f"{recipe.name} is full fine-tuning and describes no adapter; choose another recipe for lora")
+    fields = recipe.loftq_config("qlora").to_dict()
+    for key in ("exclude_modules", "rank_pattern"):
+        if fields[key]:
+            raise ConfigError(
+                f"{recipe.name} has {key}, which training an adapter on the original model does not know; leave lora out of "
+                f"--methods"
+            )
+    found = {key: fields[key] for key in ("rank", "lora_alpha", "target_modules", "use_rslora")}
+    return {**found, "lora_dropout": fields["lora_dropout"] or None}
 
 
 def _data(recipe: Recipe, options: Options, evaluation: str | None) -> dict[str, Any]:

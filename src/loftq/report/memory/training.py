@@ -194,17 +194,20 @@ def predict_methods(
     setup: TrainingSetup,
     plans: Mapping[str, ModulePlan] | None = None,
 ) -> tuple[list[TrainingMemory], str | None]:
-    """:func:`predict_training` for every method, or why there is no prediction for this model.
+    """:func:`predict_training` for every method that has a prediction, and why the first of the others has none.
 
     Raises:
         ConfigError: the model takes fewer tokens.
     """
     check_length(config, setup.length)
     setup = replace(setup, dtype=str(source_dtype(config, setup.dtype)).removeprefix("torch."))
-    try:
-        return [predict_training(config, settings, replace(setup, method=m), plans) for m in METHODS], None
-    except ConfigError as error:
-        return [], str(error)
+    found, problem = [], None
+    for method in METHODS:
+        try:
+            found.append(predict_training(config, settings, replace(setup, method=method), plans))
+        except ConfigError as error:
+            problem = problem or f"{method}: {error}"
+    return found, problem
 
 
 def folder_plans(directory: str | Path) -> dict[str, ModulePlan]:
