@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import inspect
 import itertools
 import re
@@ -19,6 +20,24 @@ import loftq
 from loftq.cli import app
 
 DOCS = Path(__file__).resolve().parent
+VERBS = {
+    "train": "loftq.finetune.run",
+    "TrainSettings": "loftq.finetune.settings",
+    "DataSettings": "loftq.data.prepare",
+    "TrainingRecord": "loftq.finetune.record",
+    "load_run": "loftq.finetune.load",
+    "evaluate_task": "loftq.finetune.measure",
+    "perplexity": "loftq.evaluate.perplexity",
+    "refine": "loftq.refine",
+    "RefineSettings": "loftq.refine",
+    "compare": "loftq.compare",
+    "Comparison": "loftq.compare",
+    "ablate": "loftq.ablate",
+    "Ablation": "loftq.ablate",
+    "Sweep": "loftq.ablate",
+    "load_recipe": "loftq.recipes",
+}
+"""What programs call besides what `loftq` itself has, and where it is."""
 NOTICE = "<!-- Written by docs/generate.py from the code: run `make docs` after a change. -->"
 _TYPES = {str: "text", int: "integer", float: "number", Path: "path"}
 
@@ -128,13 +147,22 @@ def _cell(text: str | None) -> str:
 
 def api_page() -> str:
     """Every public name: signature, description, arguments, errors."""
-    lines = [NOTICE, "", "# Python interface", "", "Everything below is importable from `loftq`.", ""]
-    lines += ["| name | what it is |", "|---|---|"]
+    lines = [NOTICE, "", "# Python interface", "", "Importable from `loftq`:", ""]
     names = sorted(loftq.__all__, key=str.lower)
-    lines += [f"| [`{name}`](#{name.lower()}) | {_cell(_summary(name))} |" for name in names]
+    lines += _overview({name: _summary(name) for name in names})
+    lines += ["", "What the verbs of the command line do, importable from the module named:", ""]
+    found = {name: getattr(importlib.import_module(module), name) for name, module in VERBS.items()}
+    lines += _overview({name: f"`{VERBS[name]}`: {_first_line(value)}" for name, value in found.items()})
     for name in names:
         lines += ["", *_entry(name)]
+    for name, value in found.items():
+        lines += ["", f"## {name}", "", f"`from {VERBS[name]} import {name}`", "", *_described(name, value)]
     return "\n".join(lines) + "\n"
+
+
+def _overview(summaries: dict[str, str]) -> list[str]:
+    lines = ["| name | what it is |", "|---|---|"]
+    return lines + [f"| [`{name}`](#{name.lower()}) | {_cell(text)} |" for name, text in summaries.items()]
 
 
 def _entry(name: str) -> list[str]:
@@ -146,7 +174,11 @@ def _entry(name: str) -> list[str]:
         return [*lines, "```text", f"{name} = {value!r}", "```", "", _summary(name)]
     if isinstance(value, type) and issubclass(value, Exception):
         return [*lines, f"`{name}({value.__bases__[0].__name__})`", "", _summary(name)]
-    lines += ["```text", _signature(name, value), "```", "", *_docstring(value)]
+    return [*lines, *_described(name, value)]
+
+
+def _described(name: str, value: Any) -> list[str]:
+    lines = ["```text", _signature(name, value), "```", "", *_docstring(value)]
     if isinstance(value, type):
         members = list(_members(value))
         if members:
@@ -203,7 +235,8 @@ def _signature(name: str, value: Any, skip_first: bool = False) -> str:
         if p.annotation is not p.empty:
             text += f": {p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation)}"
         if p.default is not p.empty:
-            text += " = " + ("{}" if "factory" in repr(p.default) else repr(p.default))
+            known = "..." if inspect.isfunction(p.default) else repr(p.default)  # whose address is another each time
+            text += " = " + ("{}" if "factory" in known else known)
         shown.append(text)
     returns = "" if isinstance(value, type) else _returns(value)
     one_line = f"{name}({', '.join(shown)}){returns}"
@@ -236,7 +269,7 @@ def _docstring(value: Any) -> list[str]:
         elif all(line.startswith("    ") for line in block.split("\n")):
             lines += ["```text", inspect.cleandoc(block), "```"]
         else:
-            lines.append(_plain(block.replace("\n", " ")))
+            lines.append(_plain(re.sub(r"\n *", " ", block)))
         lines.append("")
     return lines[:-1]
 
