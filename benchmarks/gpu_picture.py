@@ -13,15 +13,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from common import HERE, RESULTS
+from loftq.report.palette import BITS, GREEN, ORANGE
 
-# Okabe and Ito's colours; darker with more bits, grey for what is not packed.
+# grey for what is not packed
 COLOURS = {
     "dense bfloat16": "#999999",
-    "loftq 2 bits": "#56B4E9",
-    "loftq 3 bits": "#0072B2",
-    "loftq 4 bits": "#003D66",
-    "bitsandbytes NF4": "#E69F00",
-    "torchao int4": "#009E73",
+    "loftq 2 bits": BITS[2],
+    "loftq 3 bits": BITS[3],
+    "loftq 4 bits": BITS[4],
+    "bitsandbytes NF4": ORANGE,
+    "torchao int4": GREEN,
 }
 HIGHEST = 3.0  # times dense; what is above is cut off, and its value written there
 

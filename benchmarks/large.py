@@ -174,7 +174,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Seconds per million weights against width, and against the number of layers; a line for each of the bits."""
     from matplotlib.figure import Figure
 
-    from loftq.report.plots import COLOURS
+    from loftq.report.palette import BITS as COLOURS
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -183,10 +183,10 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
         "layers": ("depth", f"layers, width {DEPTHS_WIDTH}"),
     }
     for axis, (key, (of, label)) in zip(axes, labels.items(), strict=True):
-        for bits, colour in zip(sorted({r["bits"] for r in rows[of]}), COLOURS.values(), strict=False):
+        for bits in sorted({r["bits"] for r in rows[of]}):
             line = [r for r in rows[of] if r["bits"] == bits]
             xs, ys = [r[key] for r in line], [r["seconds_per_million_weights"] for r in line]
-            axis.plot(xs, ys, color=colour, marker="o", label=f"{bits} bits")
+            axis.plot(xs, ys, color=COLOURS[bits], marker="o", label=f"{bits} bits")
         if key == "width":
             axis.set_xscale("log", base=2)
         axis.set_xticks([r[key] for r in rows[of]], [str(r[key]) for r in rows[of]])

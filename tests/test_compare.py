@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import typer
@@ -25,7 +24,6 @@ from loftq.evaluate.text import builtin_text
 from loftq.evaluate.tokens import text_tokens
 from loftq.modules import PackedWeight
 from loftq.plan.targets import plan_modules
-from loftq.report.cells import read_layers
 from tiny import first_output, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,7 +96,7 @@ def test_numbers_are_those_of_each_function_alone(finished, stories_dir, statist
     assert (row.perplexity, row.perplexity_se, row.kl, row.kl_se) == pytest.approx(
         (found.perplexity, found.perplexity_se, found.kl, found.kl_se), rel=1e-4
     )  # the packed model itself: merging rounds each weight once more
-    layers = read_layers(finished[0], "loftq", 2)
+    layers = json.loads((finished[0] / "layers" / "loftq-2.json").read_text())
     assert layers == [m.to_dict() for m in errors.modules]
 
 
@@ -319,8 +317,6 @@ def test_command_line(stories_dir, tmp_path):
     names = sorted(path.name for path in pictures.iterdir())
     assert names == [
         "kl.png",
-        "layers_weight_error_2.png",
-        "layers_weight_error_3.2.png",
         "perplexity.png",
         "quantizer.png",
         "weight_error.png",
@@ -330,13 +326,42 @@ def test_command_line(stories_dir, tmp_path):
     assert shown.stderr.count("known") == 5
 
 
-def test_names_beside_the_lines_do_not_overlap():
-    from loftq.report.plots import _apart
+def test_a_perplexity_far_above_the_others_is_cut_off_and_said():
+    from matplotlib.figure import Figure
 
-    wanted, sizes = np.array([0.0, 0.5, 0.5, 0.51, 0.9, 1.0]), np.array([0.1, 0.1, 0.2, 0.1, 0.05, 0.05])
-    places = _apart(wanted, sizes)
-    edges = np.stack([places - sizes / 2, places + sizes / 2])
-    assert (edges[0][1:] >= edges[1][:-1] - 1e-9).all()
-    assert edges.min() >= -1e-9
-    assert edges.max() <= 1 + 1e-9
-    assert places[4] == pytest.approx(0.9, abs=0.05)  # one with room stays near its line
+    from loftq.report.plots import cut_above, cut_values, plain_ticks
+
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.plot([2, 3], [4.4e9, 90.0])
+    axes.plot([2, 3], [50.0, 25.0])
+    cut_above(axes, 300.0)
+    plain_ticks(axes)
+    assert axes.get_ylim() == pytest.approx((25 / 1.08, 300))
+    shown = [tick for tick in axes.get_yticks() if 25 <= tick <= 300]
+    assert len(shown) >= 3, shown
+    assert cut_values([4.4e9, 27123, 5481.6, 90.0], 300.0) == "4.4e9, 27,000, 5,482"
+    assert cut_values([50.0, 25.0], 300.0) == ""
+
+
+@pytest.mark.parametrize("limits", [(5.5, 7.8), (15, 42), (20, 270), (6.5, 6500)])
+def test_a_logarithmic_axis_has_several_numbers(limits):
+    from matplotlib.figure import Figure
+
+    from loftq.report.plots import plain_ticks
+
+    axes = Figure().subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(limits)
+    plain_ticks(axes)
+    shown = [tick for tick in axes.get_yticks() if limits[0] <= tick <= limits[1]]
+    assert 3 <= len(shown) <= 10, shown
+
+
+def test_every_method_has_a_style_of_its_own():
+    from loftq.config import METHODS
+    from loftq.report import palette
+
+    assert set(METHODS) <= set(palette.METHODS)
+    drawn = [style for name, style in palette.METHODS.items() if name not in ("float", "lora")]
+    assert len(set(drawn)) == len(drawn)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 from common import DATA, minilm_dir, smollm2_dir  # noqa: E402 - beside this folder, which is no package
 from loftq.compare import Comparison, compare  # noqa: E402
 from loftq.config import METHODS  # noqa: E402
-from loftq.report.plots import plot_folder  # noqa: E402
+from loftq.report.plots import plot_comparison  # noqa: E402
 from loftq.report.system import machine, versions  # noqa: E402
 
 WORK = HERE / "work"  # quantized folders come and go here; not kept in the repository
@@ -82,6 +82,15 @@ BENCHMARKS = {
     ),
 }
 
+COMPARED = ("float", "qlora", "loftq", "gptq", "qera", "lq-lora", "loftq-data")
+"""Methods in the pictures: the two papers', rounding with error feedback, and of those with adapters fitted to the outputs a
+closed form and an alternation. The tables have all."""
+PICTURES = {
+    "smollm2": {"perplexity": COMPARED, "output_error": COMPARED, "quantizer": ("qlora", "rtn", "gptq")},
+    "stories": {"perplexity": COMPARED},
+}
+"""Those that are worth keeping. KL divergence orders the methods as perplexity does."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,9 +113,21 @@ def main(arguments: list[str] | None = None) -> None:
         name = chosen.name or model
         if not chosen.plots_only:
             run(model, name, chosen, command)
-        if (WORK / name / "compare.json").exists():
-            for picture in plot_folder(WORK / name, HERE / "plots" / name, title=BENCHMARKS[model].title):
-                print(f"-> {picture}")
+        for picture in plot(name):
+            print(f"-> {picture}")
+
+
+def plot(name: str) -> list[Path]:
+    """The pictures of ``NAME.json`` that are worth keeping."""
+    path = HERE / f"{name}.json"
+    if name not in PICTURES or not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kept = []
+    for picture, methods in PICTURES[name].items():
+        rows = [row for row in record["rows"] if row["method"] in methods]
+        kept += plot_comparison(rows, HERE / "plots" / name, title=record["model"], only=(picture,))
+    return kept
 
 
 def run(model: str, name: str, chosen: argparse.Namespace, command: str) -> None:

@@ -19,6 +19,13 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- init tables -->", "<!-- end of init tables -->"
 ORDER = ("smollm2", "stories", "minilm")
 FLOAT = "float"
+SAID = {
+    "perplexity": "Perplexity of six of the methods; the tables have all",
+    "output_error": "Their output error, the square of the table's",
+    "quantizer": "Weight error of three quantizers without adapter, the square of the table's: `qlora` the papers' quantizer, "
+    "`rtn` the default one, `gptq` the default one with error feedback, which trades weight error for output error",
+}
+"""A picture that ``run.py`` may keep -> what it shows."""
 NUMBERS = {
     "perplexity": "perplexity",
     "KL divergence": "kl",
@@ -91,6 +98,9 @@ def markdown() -> str:
         )
         parts += ["Measured bits per weight of `loftq-data`: " + ", ".join(f"{bpw:.2f}" for _, bpw in widths) + "."]
         parts += [f"{record['machine']['cpu']}, {record['machine']['threads']} threads. `{record['command']}`", ""]
+        for picture, said in SAID.items():
+            if (HERE / "plots" / name / f"{picture}.png").exists():
+                parts += [f"{said}:", "", f"![{picture.replace('_', ' ')}](init/plots/{name}/{picture}.png)", ""]
         parts += table(record)
     return "\n".join(parts).strip()
 

@@ -139,6 +139,22 @@ def test_pictures(swept):
     assert not list(out.glob(".*.partial*"))
 
 
+def test_colours_are_the_methods_and_no_two_lines_look_alike():
+    from loftq.ablate.plots import _styles
+    from loftq.ablate.series import Series
+    from loftq.report import palette
+
+    def line(method, bits, iters, calibration=None):
+        return Series(Factors(method, bits, 8, iters, "lloyd", None, calibration), {})
+
+    lines = [line(m, bits, 5) for m in ("loftq", "loftq-svd-first") for bits in (2, 3)]
+    lines += [line("qlora", 2, 0), line("loftq-data", 2, 5, "a"), line("loftq-data", 2, 5, "b")]
+    styles = _styles(lines, "rank")
+    assert [s.colour for s in styles] == [palette.style(one.factors.method).colour for one in lines]
+    assert styles[0][1:] == styles[2][1:], "the same bits and T, the same line"
+    assert len(set(styles)) == len(styles)
+
+
 def test_the_same_command_computes_nothing(swept, stories_dir, monkeypatch):
     out, _ = swept
     before = (out / "ablation.csv").read_bytes()

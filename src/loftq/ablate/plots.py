@@ -17,13 +17,10 @@ from loftq.ablate.series import Series, names, series
 from loftq.ablate.settings import Ablation
 from loftq.ablate.table import AFTER, BEFORE, Tables
 from loftq.compare import FLOAT
-from loftq.report.plots import COLOURS, plain_ticks, require_matplotlib, save_figure
+from loftq.report.palette import GREY, Style, style
+from loftq.report.plots import plain_ticks, require_matplotlib, save_figure
 
-_STYLES = [
-    (colour, marker, line)
-    for line, names_ in (("-", ("blue", "orange", "green", "red")), ("--", ("pink", "sky", "blue", "orange")))
-    for colour, marker in zip((COLOURS[n] for n in names_), ("o", "s", "^", "D"), strict=True)
-]
+_VARIANTS = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "v"), ("--", "P"), (":", "X"), ("-.", "*"))
 _ALONG = {"iters": "alternations T (0: Q alone)", "bits": "bits per weight", "rank": "rank of the adapters"}
 _NORMS = {"frobenius": r"$\|W-Q-BA\|_F$", "spectral": r"$\|W-Q-BA\|_2$ (spectral norm)"}
 _RELATIVE = {
@@ -83,6 +80,7 @@ def _discrepancy(
     width = max(2.6, 0.4 * len(groups)) if by == "kind" else 2.9
     figure, panels = _panels(len(_NORMS), len(widths), width, 2.6)
     labels, common = names(lines, "bits")
+    styles = _styles(lines, "bits")
     for row, (norm, title) in enumerate(_NORMS.items()):
         for column, bits in enumerate(widths):
             axes = panels[row][column]
@@ -93,7 +91,7 @@ def _discrepancy(
                 # kinds have no order that a line could follow, and equal values must not hide each other
                 aside = 0.7 * ((index + 0.5) / len(lines) - 0.5) if by == "kind" else 0.0
                 known = [(x + aside, points[g]) for x, g in enumerate(groups) if g in points]
-                colour, marker, dash = _STYLES[index % len(_STYLES)]
+                colour, dash, marker = styles[index]
                 axes.plot(
                     *zip(*known, strict=True) if known else ([], []),
                     color=colour,
@@ -106,19 +104,41 @@ def _discrepancy(
             if row == 0:
                 axes.set_title(f"{bits:g} bits", fontsize=9)
             if column == 0:
-                axes.set_ylabel(title, fontsize=8)
+                axes.set_ylabel(title, fontsize=9)
             axes.set_ylim(bottom=0)
             if by == "layer":
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-                axes.set_xlabel("layer" if row else "", fontsize=8)
+                axes.set_xlabel("layer" if row else "", fontsize=9)
             else:
-                axes.set_xticks(range(len(groups)), groups if row else [], rotation=90, fontsize=7)
+                axes.set_xticks(range(len(groups)), groups if row else [], rotation=90, fontsize=8)
                 axes.set_xlim(-0.6, len(groups) - 0.4)
                 for edge in range(1, len(groups)):
                     axes.axvline(edge - 0.5, color="#EEEEEE", linewidth=0.8)
     over = "kind of module" if by == "kind" else "layer"
     _finish(figure, panels, f"{model}, {common}: initial discrepancy, mean over each {over}")
     return save_figure(figure, path)
+
+
+def _styles(lines: list[Series], along: str) -> list[Style]:
+    """The colour is the method's, line and marker are those of the bits, rank, T and codebook, solid with the largest T.
+
+    Lines that would still look alike, of one method with several calibrations say, take the next that is free.
+    """
+
+    def other(line: Series) -> tuple[Any, ...]:
+        return tuple(getattr(line.factors, n) for n in ("bits", "rank", "iters", "codebook") if n != along)
+
+    ordered = sorted(lines, key=lambda line: -line.factors.iters)
+    variants = {key: k for k, key in enumerate(dict.fromkeys(other(line) for line in ordered))}
+    taken: set[tuple[str, int]] = set()
+    found = []
+    for line in lines:
+        colour, variant = style(str(line.factors.method)).colour, variants[other(line)] % len(_VARIANTS)
+        while (colour, variant) in taken and len(taken) < len(_VARIANTS):
+            variant = (variant + 1) % len(_VARIANTS)
+        taken.add((colour, variant))
+        found.append(Style(colour, *_VARIANTS[variant]))
+    return found
 
 
 def _by_group(modules: Sequence[Discrepancy], by: str, norm: str) -> dict[Any, float]:
@@ -144,14 +164,15 @@ def _metrics(
     from matplotlib.ticker import NullLocator
 
     across = 2 if len(columns) in (2, 4) else min(3, len(columns))
-    figure, panels = _panels(math.ceil(len(columns) / across), across, 3.6, 2.9)
+    figure, panels = _panels(math.ceil(len(columns) / across), across, 3.6 if across < 3 else 2.8, 2.9)
     flat = [axes for row in panels for axes in row]
     labels, common = names(lines, along)
+    styles = _styles(lines, along)
     full = next((row for row in tables.rows.values() if row.factors.method == FLOAT), None)
     ticks = sorted({x for line in lines for x in line.cells})
     for axes, (name, text) in zip(flat, columns.items(), strict=False):
         for index, points in enumerate(values[name]):
-            colour, marker, dash = _STYLES[index % len(_STYLES)]
+            colour, dash, marker = styles[index]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []),
                 color=colour,
@@ -162,19 +183,19 @@ def _metrics(
                 label=labels[index],
             )
         if name == "perplexity" and full is not None:
-            axes.axhline(full.perplexity, color="#888888", linestyle=":", linewidth=1.4, label="full precision")
+            axes.axhline(full.perplexity, color=GREY, linestyle=":", linewidth=1.4, label="full precision")
         seen = [y for points in values[name] for _, y in points]
         if min(seen) > 0 and max(seen) > 4 * min(seen):
             axes.set_yscale("log")
-            plain_ticks(axes, False)
+            plain_ticks(axes)
         elif name in _RELATIVE:
             axes.set_ylim(bottom=0)
         if along == "rank":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        axes.set_xlabel(label, fontsize=8)
-        axes.set_ylabel(text, fontsize=8)
+        axes.set_xlabel(label, fontsize=9)
+        axes.set_ylabel(text, fontsize=9)
     for axes in flat[len(columns) :]:
         axes.set_visible(False)
     _finish(figure, panels, f"{model}, {common}")
@@ -199,9 +220,9 @@ def _finish(figure: Any, panels: Any, title: str) -> None:
     for axes in (axes for row in panels for axes in row):
         axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=8)
         named |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.suptitle(title, fontsize=10)
     longest = max(map(len, named), default=1)
-    columns = max(1, min(len(named), int(figure.get_size_inches()[0] * 13 // (longest + 8)) or 1))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    columns = max(1, min(len(named), int(figure.get_size_inches()[0] * 12 // (longest + 8)) or 1))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)

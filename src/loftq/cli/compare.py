@@ -75,9 +75,10 @@ def compare(
         lambda cell: cell.method != work.FLOAT,
     )
     if plots is not None:
-        from loftq.report.plots import plot_folder
+        from loftq.report.cells import RESULTS, read_rows
+        from loftq.report.plots import plot_comparison
 
-        for picture in plot_folder(out, plots, title=f"{Path(model).name}, rank {rank}"):
+        for picture in plot_comparison(read_rows(out / RESULTS), plots, title=f"{Path(model).name}, rank {rank}"):
             typer.echo(f"-> {picture}", err=True)
     if json_output:
         print_json([cell.to_dict() for cell in cells])

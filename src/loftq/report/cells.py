@@ -136,12 +136,6 @@ def save_layers(folder: Path, method: str, bits: float, errors: Iterable[ModuleE
         _write(folder / LAYERS / f"{method}-{bits:g}.json", [m.to_dict() for m in errors])
 
 
-def read_layers(folder: Path, method: str, bits: float) -> list[dict[str, Any]]:
-    """The errors of every module (``name``, ``weight_error``, ``output_error``); none of a cell that was not finished."""
-    path = folder / LAYERS / f"{method}-{bits:g}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``compare.json``.
 

@@ -1,59 +1,36 @@
-"""Pictures of a comparison: perplexity, divergence and errors against measured bits per weight, and errors layer by layer.
+"""Pictures of a comparison: perplexity, divergence and errors against measured bits per weight.
 
-Sixteen methods are too many for colours alone: every method has a colour and a line style of its own, and its name stands
-at one end of its line, the one where the lines are further apart, moved away from its neighbours. matplotlib is an optional
-dependency (``loftq[plot]``).
+Every method has the colour, line and marker of :mod:`loftq.report.palette`; the legend has them in the order of their lines at
+the fewest bits. matplotlib is an optional dependency (``loftq[plot]``).
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loftq.errors import ConfigError
-from loftq.report.cells import RESULTS, read_layers, read_rows
+from loftq.report.palette import GREY, METHODS, Style, style
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; black is for this project's own method.
-COLOURS = {
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "green": "#009E73",
-    "blue": "#0072B2",
-    "red": "#D55E00",
-    "pink": "#CC79A7",
+PICTURES = {
+    "perplexity": "perplexity before fine-tuning",
+    "kl": "KL divergence from full precision, nats per token",
+    "output_error": "output error ‖(W − Q − L) H^½‖² / ‖W H^½‖²",
+    "weight_error": "weight error ‖W − Q − L‖² / ‖W‖²",
+    "quantizer": "weight error without adapter ‖W − Q‖² / ‖W‖²",
 }
-_STYLES = {
-    "loftq-data": ("black", "-", "o"),
-    "loftq-data-zero": ("black", ":", "v"),
-    "auto": ("black", "--", "s"),
-    "loftq": (COLOURS["blue"], "-", "o"),
-    "loftq-svd-first": (COLOURS["blue"], ":", "v"),
-    "qlora": (COLOURS["orange"], "-", "o"),
-    "rtn": (COLOURS["orange"], ":", "v"),
-    "gptq": (COLOURS["orange"], "--", "s"),
-    "pissa": (COLOURS["pink"], "--", "s"),
-    "qpissa": (COLOURS["pink"], "-", "o"),
-    "lqer": (COLOURS["green"], ":", "v"),
-    "qera-approx": (COLOURS["green"], "--", "s"),
-    "qera": (COLOURS["green"], "-", "o"),
-    "cloq": (COLOURS["red"], "-", "o"),
-    "caldera": (COLOURS["red"], "--", "s"),
-    "lq-lora": (COLOURS["sky"], "-", "o"),
-    "srr": (COLOURS["sky"], "--", "s"),
-}
-_OTHERS = [(c, s, "D") for s in ("-.", (0, (5, 1, 1, 1, 1, 1))) for c in ("#666666", *COLOURS.values())]
-_OWN = ("loftq-data", "loftq-data-zero", "auto")
+"""Name of a picture -> what its vertical axis is."""
 _NO_ADAPTER = ("rtn", "qlora", "gptq")
 _BITS = "measured bits per weight, adapters apart"
-_LAYER = re.compile(r"\.(\d+)\.")
+_HIGHEST = 12.0
+"""Perplexities above so many times the original model's are cut off: a broken model would flatten all others."""
 
 
 class _Line(NamedTuple):
     name: str
+    style: Style
     x: list[float]
     y: list[float]
 
@@ -64,8 +41,13 @@ def require_matplotlib() -> None:
         raise ConfigError("pictures need matplotlib, which is not installed; pip install 'loftq[plot]'")
 
 
-def plot_comparison(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, title: str = "") -> list[Path]:
+def plot_comparison(
+    rows: Iterable[Mapping[str, Any]], folder: str | Path, *, title: str = "", only: Collection[str] = PICTURES
+) -> list[Path]:
     """Every picture that the rows of a ``compare.json`` have numbers for; returns the files.
+
+    Args:
+        only: names of :data:`PICTURES` to draw. ``quantizer`` is the weight error of methods without adapter.
 
     Raises:
         ConfigError: without matplotlib.
@@ -74,79 +56,23 @@ def plot_comparison(rows: Iterable[Mapping[str, Any]], folder: str | Path, *, ti
     rows = [row for row in rows if not row.get("error")]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    baseline = next((row for row in rows if row["method"] == "float"), {})
-    pictures = (
-        ("perplexity", "perplexity before fine-tuning", baseline.get("perplexity")),
-        ("kl", "KL divergence from full precision, nats per token", None),
-        ("output_error", "output error ‖(W − Q − L) H^½‖² / ‖W H^½‖²", None),
-        ("weight_error", "weight error ‖W − Q − L‖² / ‖W‖²", None),
-    )
+    original = next((row for row in rows if row["method"] == "float"), {}).get("perplexity")
     written = []
-    for key, label, level in pictures:
+    for key in (key for key in PICTURES if key in only and key != "quantizer"):
         lines = _lines(rows, key, 2 if key.endswith("error") else 1)
         if lines:
-            written.append(_draw(lines, folder / f"{key}.png", _BITS, label, title, level))
+            level = original if key == "perplexity" else None
+            written.append(_draw(lines, folder / f"{key}.png", PICTURES[key], title, level))
     alone = _lines([row for row in rows if row["method"] in _NO_ADAPTER], "weight_error", 2)
-    if alone:
+    if alone and "quantizer" in only:
         # rate-distortion function of a Gaussian source: no code of R bits a weight has a smaller mean squared error. An
         # adapter is not counted in R, so with one the limit does not hold
         ends = [x for line in alone for x in line.x]
         rates = [min(ends), max(ends)]
-        limit = _Line("limit 2^(−2R) for\nGaussian weights", rates, [2.0 ** (-2 * x) for x in rates])
-        label = "weight error without adapter ‖W − Q‖² / ‖W‖²"
-        written.append(_draw(alone, folder / "quantizer.png", _BITS, label, title, None, limit))
+        bound = [2.0 ** (-2 * x) for x in rates]
+        alone.append(_Line("limit for Gaussian weights, 2^(−2 bits)", METHODS["float"], rates, bound))
+        written.append(_draw(alone, folder / "quantizer.png", PICTURES["quantizer"], title))
     return written
-
-
-def plot_folder(folder: str | Path, pictures: str | Path, *, title: str = "") -> list[Path]:
-    """:func:`plot_comparison` of a folder that ``loftq compare`` has written, and its errors by layer for every bits."""
-    folder, pictures = Path(folder), Path(pictures)
-    rows = [row for row in read_rows(folder / RESULTS) if not row.get("error")]
-    written = plot_comparison(rows, pictures, title=title)
-    for bits in dict.fromkeys(row["bits"] for row in rows if row["method"] != "float"):
-        for key in ("output_error", "weight_error"):
-            errors = {
-                row["method"]: {m["name"]: m[key] for m in read_layers(folder, row["method"], bits) if m[key]}
-                for row in rows
-                if row["bits"] == bits
-            }
-            if any(_LAYER.search(name) for modules in errors.values() for name in modules):
-                label = f"{key.replace('_', ' ')}, mean over the layer"
-                path = pictures / f"layers_{key}_{bits:g}.png"
-                written.append(
-                    plot_layers(errors, path, label=label, title=f"{title}{', ' if title else ''}{bits:g} bits")
-                )
-    return written
-
-
-def plot_layers(
-    errors: Mapping[str, Mapping[str, float]], path: str | Path, *, label: str = "output error", title: str = ""
-) -> Path:
-    """Mean error of every layer (transformer block), one line a method.
-
-    Args:
-        errors: method -> module name -> error. Modules outside the layers are left out.
-        path: the PNG file to write. label: of the vertical axis.
-
-    Raises:
-        ConfigError: without matplotlib, or if no module belongs to a layer.
-    """
-    require_matplotlib()
-    lines = []
-    for method, modules in errors.items():
-        layers: dict[int, list[float]] = {}
-        for name, value in modules.items():
-            match = _LAYER.search(name)
-            if match:
-                layers.setdefault(int(match[1]), []).append(value)
-        if layers:
-            order = sorted(layers)
-            lines.append(_Line(method, [float(k) for k in order], [sum(layers[k]) / len(layers[k]) for k in order]))
-    if not lines:
-        raise ConfigError(
-            "no module has the number of a layer in its name, expected names such as model.layers.0.q_proj"
-        )
-    return _draw(lines, Path(path), "layer", label, title)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], key: str, power: int) -> list[_Line]:
@@ -160,60 +86,52 @@ def _lines(rows: Sequence[Mapping[str, Any]], key: str, power: int) -> list[_Lin
             and row.get("bpw")  # neither missing nor 0, which has no logarithm
         )
         if points:
-            lines.append(_Line(method, [x for x, _ in points], [y for _, y in points]))
+            lines.append(_Line(method, style(method), [x for x, _ in points], [y for _, y in points]))
     return lines
 
 
-def _draw(
-    lines: list[_Line],
-    path: Path,
-    x_label: str,
-    y_label: str,
-    title: str,
-    level: float | None = None,
-    limit: _Line | None = None,
-) -> Path:
+def _draw(lines: list[_Line], path: Path, y_label: str, title: str, level: float | None = None) -> Path:
     from matplotlib.figure import Figure
 
-    height = max(4.2, 0.24 * (len(lines) + 2) + 1.2)
-    figure = Figure(figsize=(8.2, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.2, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.set_yscale("log")
-    others = iter(_OTHERS * 3)
-    end = _clearer_end(lines)
-    ends: list[tuple[float, float, str, Any]] = []
-    for line in sorted(lines, key=lambda line: line.name in _OWN):  # this project's on top
-        colour, style, marker = _STYLES.get(line.name) or next(others)
-        many = len(line.x) > 12
-        width = 2.2 if line.name in _OWN else 1.4
-        axes.plot(
-            line.x,
-            line.y,
-            color=colour,
-            linestyle=style,
-            marker=None if many else marker,
-            markersize=4,
-            linewidth=width,
-        )
-        ends.append((line.x[end], line.y[end], line.name, colour))
-    if limit is not None:
-        axes.plot(limit.x, limit.y, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
-        ends.append((limit.x[end], limit.y[end], limit.name, "#666666"))
+    for line in sorted(lines, key=lambda line: line.y[0], reverse=True):
+        colour, dash, marker = line.style
+        cut = "" if level is None else cut_values(line.y, _HIGHEST * level)
+        name = f"{line.name} (cut off: {cut})" if cut else line.name
+        axes.plot(line.x, line.y, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.6, label=name)
     if level is not None:
-        axes.axhline(level, color="#888888", linestyle=(0, (1, 2)), linewidth=1.4)
-        ends.append((max(e[0] for e in ends) if end else min(e[0] for e in ends), level, "full precision", "#666666"))
-    axes.set_xlabel(x_label)
+        axes.axhline(level, color=GREY, linestyle=":", linewidth=1.4, label="full precision")
+        cut_above(axes, _HIGHEST * level)
+    axes.set_xlabel(_BITS)
     axes.set_ylabel(y_label)
     if title:
         axes.set_title(title, loc="left", fontsize=10)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    if end == 0:  # the names take the vertical axis's place
-        axes.yaxis.tick_right()
-        axes.yaxis.set_label_position("right")
-    axes.spines[["top", "left" if end == 0 else "right"]].set_visible(False)
-    plain_ticks(axes, all(float(x).is_integer() for line in lines for x in line.x))
-    _label_ends(axes, ends, left=end == 0)
+    axes.spines[["top", "right"]].set_visible(False)
+    plain_ticks(axes)
+    axes.legend(loc="upper right", frameon=False, fontsize=9, ncols=2 if len(lines) > 8 else 1)
     return save_figure(figure, path)
+
+
+def cut_values(values: Iterable[float], highest: float) -> str:
+    """What of a line lies above the vertical axis, for the legend; empty if nothing does."""
+    return ", ".join(short(value) for value in values if value > highest)
+
+
+def cut_above(axes: Any, highest: float) -> None:
+    """End a logarithmic vertical axis at a value, if anything that is drawn lies above it."""
+    drawn = [float(y) for line in axes.get_lines() for y in line.get_ydata()]
+    if max(drawn) > highest:
+        axes.set_ylim(min(drawn) / 1.08, highest)
+
+
+def short(value: float) -> str:
+    """Two digits or whole: 4.4e9, 27,000, 264, 61, 5.9."""
+    if value >= 1e6:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    return f"{float(f'{value:.2g}' if value >= 1e4 or value < 10 else round(value)):,g}"
 
 
 def save_figure(figure: Any, path: Path) -> Path:
@@ -224,75 +142,21 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
-def _clearer_end(lines: Sequence[_Line]) -> int:
-    """0 or -1: the end at which the lines are further apart, where their names are told apart more easily."""
-    first, last = (math.log(max(line.y[k] for line in lines) / min(line.y[k] for line in lines)) for k in (0, -1))
-    return 0 if first > 1.5 * last else -1
+def plain_ticks(axes: Any, which: str = "y") -> None:
+    """Numbers as people write them along a logarithmic axis: 20 and 3000 rather than powers of ten, and always several."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-
-def plain_ticks(axes: Any, whole: bool) -> None:
-    """Numbers as people write them: 20 and 3000 rather than powers of ten, unless there are too many decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    if whole:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    low, high = axes.get_ylim()
-    if high / low < 300:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)))
-    if low > 1e-4 and high < 1e5:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]], left: bool) -> None:
-    """The lines' names beside the axes at the heights where they end, moved apart where they would overlap."""
-    import numpy as np
-
-    points = axes.get_window_extent().height * 72 / axes.figure.dpi  # close enough before the layout is final
-    step = 10.5 / (0.9 * points)
-    ordered = sorted(ends, key=lambda end: end[1])
-    low, high = np.log(axes.get_ylim())
-    wanted = np.array([(np.log(y) - low) / (high - low) for _, y, _, _ in ordered])
-    rows = np.array([1 + text.count("\n") for _, _, text, _ in ordered])
-    heights = _apart(wanted, step * rows)
-    for (x, y, text, colour), place in zip(ordered, heights, strict=True):
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(-0.06 if left else 1.06, place),
-            horizontalalignment="right" if left else "left",
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=8,
-            fontweight="bold" if text in _OWN else "normal",
-            verticalalignment="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.5,
-                "shrinkA": 1,
-                "shrinkB": 3,
-                "alpha": 0.6,
-                "relpos": (float(left), 0.5),  # from the middle of the name's near edge, so that no line crosses a name
-            },
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+    if high < 4 * low:  # so short a piece of the axis is nearly linear
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_minor_locator(NullLocator())
+    elif high < 300 * low:
+        axis.set_major_locator(
+            LogLocator(
+                subs=(1, 2, 5) if high > 30 * low else (1, 2, 3, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+            )
         )
-
-
-def _apart(wanted: Any, sizes: Any) -> Any:
-    """Heights from 0 to 1 in ascending order, each apart from the next by the mean of their sizes, close to ``wanted``.
-
-    Neighbours that overlap become one group, centred where its members want to be (isotonic regression by pooling).
-    """
-    import numpy as np
-
-    offsets = np.concatenate([[0.0], np.cumsum((sizes[:-1] + sizes[1:]) / 2)])
-    groups: list[list[float]] = []  # sum of what its members want, and their number
-    for value in wanted - offsets:
-        groups.append([float(value), 1.0])
-        while len(groups) > 1 and groups[-2][0] / groups[-2][1] >= groups[-1][0] / groups[-1][1]:
-            total, count = groups.pop()
-            groups[-1][0] += total
-            groups[-1][1] += count
-    means = np.concatenate([np.full(int(count), total / count) for total, count in groups])
-    return np.clip(means, sizes[0] / 2, max(sizes[0] / 2, 1 - sizes[-1] / 2 - offsets[-1])) + offsets
+    if low > 1e-4 and high < 1e5:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
