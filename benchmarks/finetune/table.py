@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from experiments import HERE, METHODS  # which lets `common` be found
-from pictures import groups, widths
+from pictures import CURVES, groups, widths
 
 from common import between
 
@@ -68,7 +68,19 @@ def markdown() -> str:
         record = json.loads(path.read_text(encoding="utf-8"))
         for metric, shown in metrics.items():
             parts += [f"**{record['title']}**, {shown}", "", *table(record, metric), ""]
-        parts += [f"{record['machine']['cpu']}. ![curves](finetune/plots/{name}-curves.png)", ""]
+        parts += [
+            f"{record['machine']['cpu']}.",
+            "",
+            f"![before and after training](finetune/plots/{name}-ends.png)",
+            "",
+        ]
+        if name in CURVES:
+            parts += [
+                "While training, against LoRA on the same batches:",
+                "",
+                f"![training loss](finetune/plots/{name}-curves.png)",
+                "",
+            ]
     return "\n".join(parts).strip()
 
 
