@@ -65,6 +65,11 @@ def widths(rows: Iterable[Row]) -> list[float]:
     return sorted({float(row["bits"]) for row in rows if row["method"] != "lora"})
 
 
+def within(rows: Iterable[Row], width: float) -> dict[Key, list[Row]]:
+    """The groups of a width, and LoRA's, to which all are compared."""
+    return {key: seeds for key, seeds in groups(rows).items() if key[1] == width or key[0] == "lora"}
+
+
 def called(method: str, codebook: str) -> str:
     return METHODS[method] + (f", {codebook}" if codebook else "")
 
@@ -92,7 +97,7 @@ def panels(rows: Sequence[Row], height: float, legend: float) -> tuple[Any, Iter
             panel.grid(True, color="#DDDDDD", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
             panel.tick_params(labelsize=9)
-            yield panel, width, {k: v for k, v in groups(rows).items() if k[1] == width or k[0] == "lora"}
+            yield panel, width, within(rows, width)
 
     return figure, each()
 
@@ -106,7 +111,7 @@ def highest(rows: Iterable[Row], metric: str) -> float:
 def ends(name: str, record: dict[str, Any], metric: str) -> Path:
     """The metric before (hollow) and after (filled) training, each seed a point; a line for each start."""
     rows = record["rows"]
-    longest = max(len(here) for _, _, here in panels(rows, 1, 0)[1])
+    longest = max(len(within(rows, width)) for width in widths(rows))
     figure, drawn = panels(rows, 0.24 * longest + 0.7, 0.4)
     limit = highest(rows, metric)
     for index, (panel, _, here) in enumerate(drawn):
@@ -175,7 +180,8 @@ def curves(name: str, record: dict[str, Any]) -> Path:
                 panel.fill_between(steps, lines.min(0), lines.max(0), color=colour, alpha=0.2, linewidth=0)
             tops.append((lines.mean(0).max(), lines.mean(0).min(), label))
         found[METHODS["lora"]] = panel.axhline(0, color=style("lora").colour, linestyle=":", linewidth=1.4)
-        shown_part(panel, tops)
+        if tops:
+            shown_part(panel, tops)
         if index >= len(widths(rows)) - 2 or len(widths(rows)) < 4:
             panel.set_xlabel("step", fontsize=9)
     figure.supylabel("training loss − LoRA's, nats", fontsize=10)
