@@ -99,12 +99,12 @@ def test_pictures(folder, tmp_path, monkeypatch, seeds):
     rows = [row("lora", 16, 30.0, 15.0, seed) for seed in range(seeds)]
     rows += [row("qlora", 2, 4e9, 1e3, seed, steps=20 + seed) for seed in range(seeds)]
     rows += [row("loftq-data", bits, 60.0, 20.0, 0) for bits in (2, 4)]
-    for name in ("wikitext2_long", "rates"):
+    for name in ("wikitext2_gpu", "rates"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"title": "Title", "rows": rows}))
     monkeypatch.setattr(pictures, "HERE", tmp_path)
     monkeypatch.setattr(pictures, "PLOTS", tmp_path / "plots")
-    drawn = [path for name in ("wikitext2_long", "rates", "absent") for path in pictures.plot(name, "perplexity")]
-    assert [path.name for path in drawn] == ["wikitext2_long-ends.png", "wikitext2_long-curves.png", "rates.png"]
+    drawn = [path for name in ("wikitext2_gpu", "rates", "absent") for path in pictures.plot(name, "perplexity")]
+    assert [path.name for path in drawn] == ["wikitext2_gpu-ends.png", "wikitext2_gpu-curves.png", "rates.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     lora = {row["seed"]: row["curve"] for row in rows if row["method"] == "lora"}
     lora = {seed: pictures.np.array(curve) for seed, curve in lora.items()}
