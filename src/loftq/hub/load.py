@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+_ADAPTER_NAME = "default"  # PEFT's, in the names of an adapter's tensors in a model
 
 
 def load_backbone(directory: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
@@ -62,7 +65,8 @@ def load(
         from_pretrained_kwargs: for transformers' ``from_pretrained``, e.g. ``dtype`` or ``device_map``.
 
     Raises:
-        SourceError: if the folder or the adapter is missing or incomplete.
+        SourceError: if the folder or the adapter is missing or incomplete, or the adapter's tensors are not the model's,
+            as those of a run for a task with a head of its own.
         BackboneMismatchError: if the adapter says that it was made for another backbone.
     """
     directory = Path(directory)
@@ -79,7 +83,7 @@ def load(
 
 
 def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False) -> PeftModel:
-    """``PeftModel.from_pretrained``, for a packed or a dense model.
+    """``PeftModel.from_pretrained``, for a packed or a dense model, and all of the adapter or nothing.
 
     Raises:
         SourceError: the adapter is damaged, pickled, or another model's.
@@ -88,10 +92,43 @@ def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False
 
     check_adapter_file(adapter_dir)
     know_experts(model)
+    lacking: list[str] = []
+    unplaced: list[str] = []
+
+    def note(module: nn.Module, keys: Any) -> None:
+        lacking.extend(name for name in keys.missing_keys if _ADAPTER_NAME in name.split("."))
+        unplaced.extend(keys.unexpected_keys)
+
+    # PEFT only warns of what an adapter lacks, and says nothing of what there is no place for
+    hook = model.register_load_state_dict_post_hook(note)
     try:
-        return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            loaded = PeftModel.from_pretrained(model, str(adapter_dir), _ADAPTER_NAME, is_trainable=trainable)
     except Exception as error:  # PEFT, torch and safetensors have many kinds for it
         raise SourceError(
             f"the adapter in {adapter_dir} does not load ({first_line(error)}); expected a PEFT adapter of this model, fetch "
             f"or train it again"
         ) from None
+    finally:
+        hook.remove()
+    if lacking or unplaced:
+        raise _misfit(model, adapter_dir, lacking, unplaced)
+    return loaded
+
+
+def _misfit(model: nn.Module, adapter_dir: Path, lacking: list[str], unplaced: list[str]) -> SourceError:
+    """What to say of an adapter whose tensors are not the model's; the lists hold PEFT's names of them in a model."""
+    kind, told = type(model).__name__, []
+    for words, names in (("it lacks", lacking), ("there is no place for its", unplaced)):
+        if names:
+            first = min(names).replace(f".modules_to_save.{_ADAPTER_NAME}", "").replace(f".{_ADAPTER_NAME}", "")
+            told.append(f"{words} {first}" + (f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""))
+    made_for = (adapter_config(adapter_dir).get("auto_mapping") or {}).get("base_model_class") or kind
+    origin, advice = "", "fetch or train it again"
+    if made_for != kind:
+        origin = f"was trained on a {made_for} and "
+        advice = (
+            f"a run of `loftq train` is given to load_run, `loftq evaluate` and `loftq export {adapter_dir}` itself"
+        )
+    return SourceError(f"the adapter in {adapter_dir} {origin}does not fit {kind}: {' and '.join(told)}; {advice}")
