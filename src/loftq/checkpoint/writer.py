@@ -28,6 +28,7 @@ from loftq.codec.qtensor import TensorInfo
 from loftq.errors import OutputError
 
 JOURNAL = "journal.jsonl"
+_WEIGHTS_FILES = (".bin", ".gguf", ".pt", ".pth", ".safetensors")
 
 
 def lock_file(stream: IO[bytes], path: Path) -> None:
@@ -313,7 +314,7 @@ def remove_leftovers(out_dir: Path) -> None:
 
 
 def check_target(out_dir: Path) -> None:
-    """An :class:`OutputError` unless ``out_dir`` is absent or an empty folder."""
+    """An :class:`OutputError` unless ``out_dir`` is absent, and named as a folder is, or an empty folder."""
     if out_dir.is_dir():
         found = next(out_dir.iterdir(), None)
         if found is not None:
@@ -322,6 +323,10 @@ def check_target(out_dir: Path) -> None:
             raise OutputError(f"{out_dir} is a mount point, which cannot be replaced; choose a folder in it")
     elif out_dir.exists():
         raise OutputError(f"{out_dir} is a file, expected a folder to create; choose another name")
+    elif out_dir.suffix.lower() in _WEIGHTS_FILES:
+        raise OutputError(
+            f"{out_dir} has the name of a file of weights, but a folder is written; leave {out_dir.suffix} out"
+        )
 
 
 def _digest_range(stream: Any, begin: int, size: int) -> str:
