@@ -19,7 +19,9 @@ from loftq.hub.load import with_adapter
 from loftq.report.record import QuantizationReport
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def is_run(folder: str | Path) -> bool:
@@ -38,16 +40,29 @@ def load_run(folder: str | Path, *, dtype: str | None = None) -> tuple[nn.Module
     """
     folder = Path(folder)
     record = TrainingRecord.load(folder)
+    return _placed(assemble(folder, record, dtype=dtype)), record
+
+
+def assemble(
+    folder: Path, record: TrainingRecord, *, dtype: str | None = None, base: str | Path | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model of a run on the CPU, as transformers and PEFT load it.
+
+    Args:
+        dtype: ``None`` for the run's own. base: where its quantized folder is now; ``None`` for where it was.
+
+    Raises:
+        SourceError, BackboneMismatchError: as :func:`load_run`.
+    """
     settings = record.train_settings
     if dtype is not None:
         settings = settings.replace(dtype=dtype)
     if settings.method == "full":
-        start, settings = Start(str(folder)), settings.replace(dtype=dtype or "float32")  # as trained and measured
-        return _placed(load_base(start, settings, record.labels)), record
-    _check_backbone(folder, record)
-    start = Start(record.base, revision=record.revision)
-    base = load_base(start, settings, record.labels)
-    return _placed(with_adapter(base, folder)), record
+        settings = settings.replace(dtype=dtype or "float32")  # as trained and measured
+        return load_base(Start(str(folder)), settings, record.labels)
+    start = Start(str(base or record.base), revision=record.revision)
+    _check_backbone(folder, record, start.base)
+    return with_adapter(load_base(start, settings, record.labels), folder)
 
 
 def load_causal(
@@ -77,21 +92,19 @@ def load_causal(
     return loaded
 
 
-def _check_backbone(folder: Path, record: TrainingRecord) -> None:
+def _check_backbone(folder: Path, record: TrainingRecord, base: str) -> None:
     if record.backbone_sha256 is None:
         return
-    if not Path(record.base).is_dir():
+    if not Path(base).is_dir():
         raise SourceError(
-            f"{folder} was trained on {record.base}, which does not exist here; put that quantized folder back in its place"
+            f"{folder} was trained on {base}, which does not exist here; put that quantized folder back in its place"
         )
-    if not is_quantized(record.base):
-        raise SourceError(
-            f"{folder} was trained on {record.base}, which is no quantized folder any more; quantize again"
-        )
-    actual = QuantizationReport.load(Path(record.base)).backbone_sha256
+    if not is_quantized(base):
+        raise SourceError(f"{folder} was trained on {base}, which is no quantized folder any more; quantize again")
+    actual = QuantizationReport.load(Path(base)).backbone_sha256
     if actual != record.backbone_sha256:
         raise BackboneMismatchError(
-            f"{folder} was trained on backbone {record.backbone_sha256[:12]}…, but {record.base} holds {actual[:12]}…; an "
+            f"{folder} was trained on backbone {record.backbone_sha256[:12]}…, but {base} holds {actual[:12]}…; an "
             f"adapter only fits the backbone it was trained on"
         )
 
