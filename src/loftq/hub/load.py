@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from loftq.checkpoint.naming import architecture
 from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
 from loftq.hub.adapter import INIT_DIR, know_experts
-from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
+from loftq.hub.backbone import adapter_config, check_adapter_fits, read_quantization_config, recorded_backbone
 from loftq.hub.pretrained import check_adapter_file, load_pretrained
-from loftq.report.record import REPORT, QuantizationReport
+from loftq.modules import PackedModule
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,18 +63,12 @@ def load(
 
     Raises:
         SourceError: if the folder or the adapter is missing or incomplete.
-        BackboneMismatchError: if the adapter says that it was made for another backbone.
+        BackboneMismatchError: if the adapter was made for another backbone, or by loftq for none that it names.
     """
     directory = Path(directory)
     model = load_backbone(directory, **from_pretrained_kwargs)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
-    recorded = recorded_backbone(adapter_config(adapter_dir))
-    expected = QuantizationReport.load(directory).backbone_sha256 if (directory / REPORT).exists() else None
-    if recorded and expected and recorded != expected:
-        raise BackboneMismatchError(
-            f"the adapter in {adapter_dir} belongs to backbone {recorded[:12]}…, but {directory} is {expected[:12]}…; load it "
-            f"with the quantized folder it was trained on"
-        )
+    check_adapter_fits(directory, adapter_dir)
     return with_adapter(model, adapter_dir, trainable=trainable)
 
 
@@ -83,10 +77,17 @@ def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False
 
     Raises:
         SourceError: the adapter is damaged, pickled, or another model's.
+        BackboneMismatchError: the adapter belongs to a packed backbone, and the model is dense.
     """
     from peft import PeftModel
 
     check_adapter_file(adapter_dir)
+    recorded = recorded_backbone(adapter_config(adapter_dir))
+    if recorded is not None and not any(isinstance(module, PackedModule) for module in model.modules()):
+        raise BackboneMismatchError(
+            f"the adapter in {adapter_dir} belongs to the packed backbone {recorded[:12]}…, but the model is dense, where the "
+            f"residual would count twice; use it with the quantized folder it was trained on"
+        )
     know_experts(model)
     try:
         return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
