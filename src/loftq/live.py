@@ -132,8 +132,8 @@ def save(model: PeftModel, out_dir: str | Path) -> QuantizationReport:
     :func:`load` gives a model with the same outputs. Adapters that the model saves afterwards name the folder as their base.
     The tokenizer is not the model's: save it to the folder after this.
 
-    The report, which is in the folder, is returned. Its errors are those of the fit, whatever has been trained since. The hashes
-    of the source's files are not known.
+    The report, which is in the folder, is returned. Its errors are those of the fit, whatever has been trained since. The
+    hashes of the source's files are not known.
 
     Args:
         model: from :func:`quantize_model`.
@@ -173,12 +173,13 @@ def save(model: PeftModel, out_dir: str | Path) -> QuantizationReport:
             f"the model's adapter {ADAPTER!r} has {len(adapter)} tensors, expected the {len(expected)} that "
             f"loftq.quantize_model gave it; save before it is removed or replaced"
         )
+    stored = {**tensors, **adapter}
     # a killed save is begun anew under the same name, and no other's unfinished work is removed
     staging = Staging(out_dir, {"saved": report.config}, files, resume=True)
     try:
         for unit in units:
             names = [*unit.backbone, *(adapters.tensor_names(unit.plan) if unit.plan else ())]
-            staging.write_unit(unit.name, {index[n]: {**tensors, **adapter}[n] for n in names}, {})
+            staging.write_unit(unit.name, {index[n]: stored[n] for n in names}, {})
         report = dataclasses.replace(
             report,
             other_bytes=sum(unit.nbytes for unit in units if unit.plan is None),
