@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import loftq
+from loftq.evaluate.models import load_for_inference
 from loftq.hub.backbone import adapter_sha256, backbone_sha256, recorded_backbone
-from loftq.hub.load import load_backbone, with_adapter
+from loftq.hub.load import load_backbone
 from loftq.modules import PackedModule
 from loftq.refine.teacher import checked_source
 from tiny import CLASSES, first_output, tiny_model
@@ -235,10 +236,9 @@ def test_nothing_puts_the_adapter_on_dense_weights(folders, tmp_path):
     for load in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         with pytest.raises(OSError, match=r"left in memory; write it with loftq\.save"):
             load.from_pretrained(tmp_path / "adapter")
-    dense = LlamaForCausalLM.from_pretrained(folders / "source")
     for adapter in (tmp_path / "adapter", folders / "folder/loftq_init"):
-        with pytest.raises(loftq.BackboneMismatchError, match="the model is dense"):
-            with_adapter(dense, adapter)
+        with pytest.raises(loftq.BackboneMismatchError, match="source is dense"):
+            load_for_inference(folders / "source", adapter=adapter)
     live.add_adapter("more", LoraConfig(target_modules=["q_proj"]))
     live.save_pretrained(tmp_path / "both")
     assert "left in memory" in config_of(tmp_path / "both/more")["base_model_name_or_path"]

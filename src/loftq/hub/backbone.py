@@ -158,6 +158,20 @@ def check_adapter_fits(directory: Path, adapter_dir: Path) -> None:
     _check_belongs(config, recorded, directory, adapter_dir, actual)
 
 
+def check_adapter_of_dense(model: str | Path, adapter_dir: Path) -> None:
+    """Refuse an adapter of a packed backbone for a dense model, where what it makes up for would count twice.
+
+    Raises:
+        SourceError: no adapter there. BackboneMismatchError: it belongs to a packed backbone.
+    """
+    recorded = recorded_backbone(adapter_config(adapter_dir))
+    if recorded is not None:
+        raise BackboneMismatchError(
+            f"the adapter in {adapter_dir} belongs to the packed backbone {recorded[:12]}…, but {model} is dense, where what "
+            f"it makes up for would count twice; use it with the quantized folder it was trained on"
+        )
+
+
 def _check_belongs(
     config: Mapping[str, Any], recorded: str | None, directory: Path, adapter_dir: Path, actual: str
 ) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint.naming import architecture
-from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
+from loftq.errors import LoftQError, SourceError, first_line
 from loftq.hub.adapter import INIT_DIR, know_experts
-from loftq.hub.backbone import adapter_config, check_adapter_fits, read_quantization_config, recorded_backbone
+from loftq.hub.backbone import check_adapter_fits, read_quantization_config
 from loftq.hub.pretrained import check_adapter_file, load_pretrained
-from loftq.modules import PackedModule
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,17 +76,10 @@ def with_adapter(model: nn.Module, adapter_dir: Path, *, trainable: bool = False
 
     Raises:
         SourceError: the adapter is damaged, pickled, or another model's.
-        BackboneMismatchError: the adapter belongs to a packed backbone, and the model is dense.
     """
     from peft import PeftModel
 
     check_adapter_file(adapter_dir)
-    recorded = recorded_backbone(adapter_config(adapter_dir))
-    if recorded is not None and not any(isinstance(module, PackedModule) for module in model.modules()):
-        raise BackboneMismatchError(
-            f"the adapter in {adapter_dir} belongs to the packed backbone {recorded[:12]}…, but the model is dense, where the "
-            f"residual would count twice; use it with the quantized folder it was trained on"
-        )
     know_experts(model)
     try:
         return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=trainable)
