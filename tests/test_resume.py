@@ -146,7 +146,7 @@ def test_crash_inside_any_write(reference, workdir, monkeypatch):
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(pipeline, "_write_metadata"), (writer, "check_target")],
+    [(pipeline, "write_metadata"), (writer, "check_target")],
     ids=["before metadata", "between metadata and renaming"],
 )
 def test_crash_near_the_end(reference, workdir, monkeypatch, module, name):

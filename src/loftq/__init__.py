@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from loftq.codec import QuantizedTensor
     from loftq.export.dense import export_dense
     from loftq.hub.load import load
+    from loftq.live import quantize_model, save
     from loftq.modules import QuantEmbedding, QuantExperts, QuantLinear
-    from loftq.pipeline import quantize_checkpoint, quantize_model
+    from loftq.pipeline import quantize_checkpoint
     from loftq.report.record import QuantizationReport
     from loftq.solver import Decomposition, decompose
     from loftq.solver.importance import InputStatistics
@@ -56,7 +57,8 @@ _LAZY = {
     "export_dense": "loftq.export.dense",
     "load": "loftq.hub.load",
     "quantize_checkpoint": "loftq.pipeline",
-    "quantize_model": "loftq.pipeline",
+    "quantize_model": "loftq.live",
+    "save": "loftq.live",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A whole model: from a source checkpoint to a finished folder, or in place for a live model."""
+"""A whole model, from a source checkpoint to a finished folder. :mod:`loftq.live` does the same for a live one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,21 +17,18 @@ from loftq.checkpoint.assembly import Parameters
 from loftq.checkpoint.naming import meta_model, unread_tensors
 from loftq.checkpoint.source import INDEX, SINGLE, Source, open_source, sha256_file
 from loftq.checkpoint.writer import Staging, check_target, disk_errors, remove_leftovers
-from loftq.codec import QuantizedTensor
-from loftq.codec.blockwise import check_weight
 from loftq.config import LoftQConfig
 from loftq.engine.jobs import Computed, check_engine, open_engine, run_all
-from loftq.errors import OutputError, WeightError
+from loftq.errors import OutputError
 from loftq.hub import adapter as adapters
-from loftq.modules import QuantEmbedding, QuantExperts, QuantLinear
 from loftq.plan.file import load_plan
-from loftq.plan.targets import ModulePlan, plan_modules
+from loftq.plan.targets import plan_modules
 from loftq.report.record import REPORT, ModuleRecord, QuantizationReport
 from loftq.report.system import PeakMemory, versions
-from loftq.units import Unit, adapter_state, decompose_matrices, layout, make_units
+from loftq.units import Unit, layout, make_units
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig
 
     from loftq.calibrate.statistics import Statistics
 
@@ -86,6 +82,8 @@ def quantize_checkpoint(
     Raises:
         SourceError, ConfigError, WeightError, OutputError, ClusterError: each with what was got, expected, and to be done.
     """
+    from loftq.hub.quantizer import LoftQQuantizationConfig
+
     out_dir = Path(os.path.expanduser(out_dir))
     where = check_engine(engine, address, device)
     told = notice or (lambda sentence: None)
@@ -146,7 +144,7 @@ def quantize_checkpoint(
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     try:
-        with _reporter(progress, sum(u.weights for u in units)) as advance:
+        with reporter(progress, sum(u.weights for u in units)) as advance:
             for unit in units:
                 if unit.name in staging.done:
                     advance(unit.name, unit.weights)
@@ -166,8 +164,8 @@ def quantize_checkpoint(
             other_bytes=sum(u.nbytes for u in units if u.plan is None),
             config=fingerprint["config"],
             source={"name": str(opened.path), "sha256": hashes},
-            backbone_sha256=_digest(staging.digests(), adapter=False),
-            adapter_sha256=_digest(staging.digests(), adapter=True),
+            backbone_sha256=digest_of(staging.digests(), adapter=False),
+            adapter_sha256=digest_of(staging.digests(), adapter=True),
             versions=versions(),
             command=command,
             calibration=fingerprint["calibration"],
@@ -178,137 +176,51 @@ def quantize_checkpoint(
             },
         )
         with disk_errors(out_dir):
-            _write_metadata(staging.path, opened, model, model_config, plans, config, report, index, out_dir)
+            opened.save_extras(staging.path)
+            specs = {name: plan.spec for name, plan in plans.items()}
+            model_config.quantization_config = LoftQQuantizationConfig.for_specs(config.spec, specs).to_dict()
+            lora = adapters.lora_config(plans, model, config, base=str(out_dir))
+            write_metadata(staging.path, model, model_config, lora, report, index)
         staging.finish()
     finally:
         staging.close()
     return report
 
 
-def _digest(digests: Mapping[str, str], *, adapter: bool) -> str:
+def digest_of(digests: Mapping[str, str], *, adapter: bool) -> str:
+    """The hash of the backbone, or of the adapter, from those of its tensors as :meth:`Staging.digests` gives them."""
     from loftq.hub.backbone import combine_digests
 
     named = {k.partition(":")[2]: d for k, d in digests.items() if k.startswith(adapters.INIT_DIR) is adapter}
     return combine_digests(named)
 
 
-def _write_metadata(
+def write_metadata(
     folder: Path,
-    source: Source,
     model: nn.Module,
     model_config: Any,
-    plans: Mapping[str, ModulePlan],
-    config: LoftQConfig,
+    lora: LoraConfig,
     report: QuantizationReport,
     index: Mapping[str, str],
-    out_dir: Path,
 ) -> None:
-    """Everything but the weights. The model's config comes last: without it the folder loads nowhere."""
-    from loftq.hub.quantizer import LoftQQuantizationConfig
+    """The index, the adapter's config, the report and the model's config, which comes last: without it the folder loads
+    nowhere.
 
-    (folder / "config.json").unlink(missing_ok=True)
-    source.save_extras(folder)
+    Args:
+        model_config: with its ``quantization_config``. index: tensor name -> ``file:name``, see :func:`layout`.
+    """
     backbone = {n: key.partition(":")[0] for n, key in index.items() if not key.startswith(adapters.INIT_DIR)}
     if set(backbone.values()) != {SINGLE}:
         total = report.weight_bytes + report.other_bytes
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(backbone.items()))}, indent=2)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-    lora = adapters.lora_config(plans, model, config, base=str(out_dir))
     adapters.save_adapter_config(lora, folder / adapters.INIT_DIR, model, report.backbone_sha256)
     report.save(folder)
-    specs = {name: plan.spec for name, plan in plans.items()}
-    model_config.quantization_config = LoftQQuantizationConfig.for_specs(config.spec, specs).to_dict()
     model_config.save_pretrained(folder)
 
 
-def quantize_model(
-    model: nn.Module,
-    config: LoftQConfig,
-    *,
-    statistics: Statistics | None = None,
-    progress: bool | Progress = True,
-) -> PeftModel:
-    """Quantize a live transformers model in place and wrap it with its fitted adapter.
-
-    Every selected layer is replaced by a packed one, one at a time, on the device where it is; the dense weight is freed
-    as its layer goes. The adapter is trainable.
-
-    Args:
-        model: a transformers model (any ``nn.Module`` that PEFT accepts).
-        config: what to do. Its calibration text is not read, since a live model has no tokenizer.
-        statistics: of the layers' inputs, from :func:`loftq.calibrate.collect_from_model`; without them, and for layers
-            that they leave out, only the weight error counts.
-        progress: as for :func:`quantize_checkpoint`.
-
-    Raises:
-        ConfigError, WeightError: see :func:`quantize_checkpoint`. All weights are checked first.
-    """
-    from peft import get_peft_model, set_peft_model_state_dict
-
-    from loftq.hub.quantizer import (
-        LoftQQuantizationConfig,
-        present_for_dtype_checks,
-        replace_module,
-        save_experts_whole,
-    )
-
-    plans = plan_modules(model, config)
-    for plan in plans.values():
-        try:
-            for matrix in _live_matrices(model, plan):
-                check_weight(matrix())
-        except WeightError as error:  # before anything is replaced
-            raise WeightError(f"{plan.name}: {error}") from None
-    lora = adapters.lora_config(plans, model, config)
-    adapters.know_experts(model)
-    state: dict[str, Tensor] = {}
-    experts: dict[str, dict[str, list[QuantizedTensor]]] = {}
-    with _reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
-        for name, plan in plans.items():
-            known = statistics.of_module(plan) if statistics is not None else None
-            results, _ = decompose_matrices(_live_matrices(model, plan), plan, config, known)
-            state.update(adapter_state(plan, results))
-            if plan.experts:
-                owner, _, leaf = name.rpartition(".")
-                experts.setdefault(owner, {})[leaf] = [result.quantized for result in results]
-                if not plan.nested:  # the last parameter of its module
-                    dense = model.get_submodule(owner)
-                    replace_module(model, owner, QuantExperts.from_quantized(dense, experts.pop(owner)))
-            else:
-                replace_module(model, name, _packed(model.get_submodule(name), results[0].quantized, plan))
-            advance(name, plan.numel)
-    save_experts_whole(model)
-    present_for_dtype_checks(model)
-    if hasattr(model, "config"):
-        specs = {name: plan.spec for name, plan in plans.items()}
-        model.config.quantization_config = LoftQQuantizationConfig.for_specs(config.spec, specs)  # type: ignore[union-attr]
-        model.is_quantized = True  # type: ignore[assignment]
-        model.quantization_method = "loftq"  # type: ignore[assignment]
-    lora.inference_mode = False
-    peft_model = get_peft_model(model, lora)
-    set_peft_model_state_dict(peft_model, state)
-    return peft_model
-
-
-def _live_matrices(model: nn.Module, plan: ModulePlan) -> list[Callable[[], Tensor]]:
-    """Give the weight of a module, or of each expert, as the module holds it."""
-    owner, _, leaf = plan.parameter.rpartition(".")
-    weight: Tensor = getattr(model.get_submodule(owner), leaf).detach()
-    return [partial(weight.__getitem__, e) for e in range(plan.experts)] if plan.experts else [lambda: weight]
-
-
-def _packed(module: nn.Module, quantized: QuantizedTensor, plan: ModulePlan) -> nn.Module:
-    """The packed layer that takes the place of a dense one."""
-    if isinstance(module, nn.Embedding):
-        dtype = module.weight.dtype
-        return QuantEmbedding.from_quantized(quantized, padding_idx=module.padding_idx, dtype=dtype)
-    packed = QuantLinear.from_quantized(quantized, module.bias)  # type: ignore[arg-type]
-    packed.was_conv1d = plan.kind == "conv1d"
-    return packed
-
-
 @contextmanager
-def _reporter(progress: bool | Progress, total: int) -> Iterator[Callable[[str, int], None]]:
+def reporter(progress: bool | Progress, total: int) -> Iterator[Callable[[str, int], None]]:
     if callable(progress):
         yield progress
     else:

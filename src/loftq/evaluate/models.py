@@ -56,10 +56,11 @@ def load_for_inference(
 
     Raises:
         SourceError: if there is no such model, or none in safetensors. ConfigError: for contradicting options.
+        BackboneMismatchError: the adapter belongs to another backbone, or to a packed one and the model is dense.
     """
     import transformers
 
-    from loftq.hub.backbone import adapter_config
+    from loftq.hub.backbone import check_adapter_of_dense
     from loftq.hub.load import load, load_backbone, with_adapter
     from loftq.hub.pretrained import load_pretrained
 
@@ -85,7 +86,7 @@ def load_for_inference(
                 f"{model} does not load as a causal language model ({first_line(error)}); check its files, or name another"
             ) from None
         if adapter is not None:
-            adapter_config(adapter)
+            check_adapter_of_dense(model, adapter)
             loaded = with_adapter(loaded, adapter)
     check_causal(loaded, model)
     return loaded.to(device).eval()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint.naming import architecture
-from loftq.errors import BackboneMismatchError, LoftQError, SourceError, first_line
+from loftq.errors import LoftQError, SourceError, first_line
 from loftq.hub.adapter import INIT_DIR, know_experts
-from loftq.hub.backbone import adapter_config, read_quantization_config, recorded_backbone
+from loftq.hub.backbone import adapter_config, check_adapter_fits, read_quantization_config
 from loftq.hub.pretrained import check_adapter_file, load_pretrained
-from loftq.report.record import REPORT, QuantizationReport
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,18 +66,12 @@ def load(
     Raises:
         SourceError: if the folder or the adapter is missing or incomplete, or the adapter's tensors are not the model's,
             as those of a run for a task with a head of its own.
-        BackboneMismatchError: if the adapter says that it was made for another backbone.
+        BackboneMismatchError: if the adapter was made for another backbone, or by loftq for none that it names.
     """
     directory = Path(directory)
     model = load_backbone(directory, **from_pretrained_kwargs)
     adapter_dir = directory / INIT_DIR if adapter is None else Path(adapter)
-    recorded = recorded_backbone(adapter_config(adapter_dir))
-    expected = QuantizationReport.load(directory).backbone_sha256 if (directory / REPORT).exists() else None
-    if recorded and expected and recorded != expected:
-        raise BackboneMismatchError(
-            f"the adapter in {adapter_dir} belongs to backbone {recorded[:12]}…, but {directory} is {expected[:12]}…; load it "
-            f"with the quantized folder it was trained on"
-        )
+    check_adapter_fits(directory, adapter_dir)
     return with_adapter(model, adapter_dir, trainable=trainable)
 
 

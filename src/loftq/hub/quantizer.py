@@ -97,6 +97,12 @@ class LoftQHfQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return restore_conv1d(dequantize_modules(model, dtype))
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: the backbone alone, also of a model that PEFT has put an adapter on."""
+        from loftq.hub.backbone import unwrapped_state
+
+        return unwrapped_state(model), {}
+
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
@@ -142,6 +148,20 @@ def place_packed(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
             replace_module(model, name, packed_like(model.get_submodule(name), spec))
     for owner, of_parameters in experts.items():
         replace_module(model, owner, QuantExperts(model.get_submodule(owner), of_parameters))
+
+
+def mark_packed(model: nn.Module, quantization_config: LoftQQuantizationConfig) -> None:
+    """Give a model that was packed in memory what transformers gives one that it has loaded packed: Trainer asks for it."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    quantizer = LoftQHfQuantizer(quantization_config)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantization_config.quant_method
+    model._weight_conversions = []  # those of the dense file; a packed one has the model's names
+    quantizer.postprocess_model(model)
 
 
 def save_experts_whole(model: nn.Module) -> None:

@@ -25,8 +25,13 @@ def checked_source(source: str | Path | None, recorded: Mapping[str, Any]) -> So
         recorded: ``source`` of the report.
 
     Raises:
-        SourceError: it is not there, or its files are not the ones that were quantized.
+        SourceError: it is not there, or its files are not the ones that were quantized, or nothing says which they were.
     """
+    if not recorded.get("sha256"):
+        raise SourceError(
+            "the report does not say which files were quantized, as that of a model in memory does not; quantize the model's "
+            "folder with `loftq quantize`, and refine what that gives"
+        )
     name = str(recorded.get("name")) if source is None else source
     try:
         opened = open_source(name)
