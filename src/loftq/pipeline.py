@@ -88,7 +88,7 @@ def quantize_checkpoint(
     """
     out_dir = Path(os.path.expanduser(out_dir))
     where = check_engine(engine, address, device)
-    told = notice or (lambda sentence: None)
+    told = notice or _silent
     with disk_errors(out_dir):  # before hours of work, and before the source is read
         finished = (out_dir / REPORT).exists()
         if not finished:
@@ -108,7 +108,8 @@ def quantize_checkpoint(
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)
-    inputs = calibrated(opened, model, plans, config, hashes, statistics, told)
+    # a folder that is finished is compared with what would be computed now, and nothing is
+    inputs = calibrated(opened, model, plans, config, hashes, statistics, _silent if finished else told)
     config = config.replace(method=inputs.method)
     fingerprint = json.loads(
         json.dumps(
@@ -135,6 +136,7 @@ def quantize_checkpoint(
         needed = [*files, "config.json", f"{adapters.INIT_DIR}/{adapters.ADAPTER_CONFIG}"]
         if resume and same and all((out_dir / file).exists() for file in needed):
             remove_leftovers(out_dir)
+            told(f"{out_dir} is finished already, with these settings; nothing was computed")
             return report
         raise OutputError(
             f"{out_dir} holds a finished quantization{'' if same else ' with other settings or of another source'}, which "
@@ -183,6 +185,10 @@ def quantize_checkpoint(
     finally:
         staging.close()
     return report
+
+
+def _silent(sentence: str) -> None:
+    """Where nobody wants to be told."""
 
 
 def _digest(digests: Mapping[str, str], *, adapter: bool) -> str:
