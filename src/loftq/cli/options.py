@@ -64,7 +64,10 @@ Damping = Annotated[
 Data = Annotated[str, typer.Option(help=parse.DATA_HELP)]
 TrainSplit = Annotated[str, typer.Option(help="Split to train on.")]
 EvalData = Annotated[
-    str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
+    str | None, typer.Option(help="What to measure on.", show_default="none, or --data with --eval-split")
+]
+EvalSplit = Annotated[
+    str | None, typer.Option(help="Split to measure on.", show_default="none, or validation with --eval-data")
 ]
 EvalSplit = Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")]
 EvalLimit = Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")]
