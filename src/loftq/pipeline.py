@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ def quantize_checkpoint(
             ``OUT_DIR.incomplete`` beside it.
         config: what to do.
         resume: continue an interrupted run with the same settings; otherwise start over.
-        progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, weights)``.
+        progress: a bar on a terminal, a plain line now and then elsewhere; or a callable ``(name, weights)``.
         revision: of a hub id.
         max_shard_bytes: largest weight file.
         command: recorded in the report.
@@ -148,10 +148,11 @@ def quantize_checkpoint(
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     try:
-        with _reporter(progress, sum(u.weights for u in units)) as advance:
-            for unit in units:
-                if unit.name in staging.done:
-                    advance(unit.name, unit.weights)
+        weights = {u.name: u.weights for u in units}
+        with (
+            open_engine(engine, opened, parameters, config, address, told, where) as opened_engine,
+            _reporter(progress, weights, staging.done) as advance,
+        ):
 
             def write(unit: Unit, computed: Computed) -> dict[str, Tensor]:
                 (tensors, record), took = computed
@@ -160,8 +161,7 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            with open_engine(engine, opened, parameters, config, address, told, where) as opened_engine:
-                run_all(opened_engine, units, config, inputs, staging, index, write)
+            run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
             modules=records,
@@ -269,7 +269,7 @@ def quantize_model(
     adapters.know_experts(model)
     state: dict[str, Tensor] = {}
     experts: dict[str, dict[str, list[QuantizedTensor]]] = {}
-    with _reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
+    with _reporter(progress, {name: plan.numel for name, plan in plans.items()}) as advance:
         for name, plan in plans.items():
             known = statistics.of_module(plan) if statistics is not None else None
             results, _ = decompose_matrices(_live_matrices(model, plan), plan, config, known)
@@ -314,11 +314,16 @@ def _packed(module: nn.Module, quantized: QuantizedTensor, plan: ModulePlan) -> 
 
 
 @contextmanager
-def _reporter(progress: bool | Progress, total: int) -> Iterator[Callable[[str, int], None]]:
+def _reporter(
+    progress: bool | Progress, weights: Mapping[str, int], done: Collection[str] = ()
+) -> Iterator[Callable[[str, int], None]]:
+    known = {name: weights[name] for name in weights if name in done}
     if callable(progress):
+        for name, count in known.items():
+            progress(name, count)
         yield progress
     else:
         from loftq.report.progress import bar
 
-        with bar(total, show=progress) as advance:
+        with bar(sum(weights.values()), done=sum(known.values()), show=progress) as advance:
             yield advance

@@ -170,7 +170,10 @@ def test_executable(stories_dir, tmp_path):
         "--json",
     ]
     first = run(*command)
-    assert (first.returncode, first.stderr) == (0, ""), "no bar and no notices where there is no terminal"
+    assert first.returncode == 0, first.stderr
+    begin, end = first.stderr.splitlines()
+    assert begin == "loftq: quantizing: 0 % of 260.0 kweights"
+    assert end.startswith("loftq: quantizing: 100 % of 260.0 kweights in ")
     report = json.loads(first.stdout)
     assert (
         report["command"]
@@ -184,6 +187,7 @@ def test_executable(stories_dir, tmp_path):
     }
     again = run(*command)
     assert json.loads(again.stdout) == report, "a finished run is not repeated"
+    assert again.stderr == "loftq: my model is finished already, with these settings; nothing was computed\n"
 
 
 def test_closed_pipe(quantized):
