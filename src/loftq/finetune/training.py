@@ -36,8 +36,9 @@ from loftq.finetune.trainer import TaskTrainer, as_loaded, enough_memory, total_
 from loftq.finetune.watch import Divergence, Patience, Progress
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
-from loftq.report.progress import bar
+from loftq.report.progress import bar, say
 from loftq.report.system import TRAINING_PACKAGES, PeakMemory, machine, versions
+from loftq.report.training import metrics_line
 
 
 class Training:
@@ -135,7 +136,10 @@ class Training:
 
         def measured(trained: nn.Module) -> dict[str, float]:
             latest.clear()
-            latest[trainer.state.global_step] = found = self._measure(trained, held, labels, progress)
+            step = trainer.state.global_step
+            latest[step] = found = self._measure(trained, held, labels, progress)
+            if progress:
+                say(f"step {step} of {steps}: {metrics_line(found.known)}")
             return processes.agreed(found.known)
 
         start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -156,20 +160,21 @@ class Training:
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
         checkpoint = self._resume_point()
+        done, steps = step_of(checkpoint), total_steps(trainer, settings)
+        if progress and checkpoint is not None:
+            say(f"continuing from step {done} of {steps}")
         begun = self.folder / BEFORE
         if held is not None:
             record.before = processes.agreed(known_before(begun) if checkpoint else None)
             if record.before is None:
                 record.before = self._measure(model.to(arguments.device), held, labels, progress).known
+                if progress:
+                    say(f"before training: {metrics_line(record.before)}")
                 if processes.is_main():
                     with writing(self.folder):
                         replace_text(begun, json.dumps(record.before))
-        steps = total_steps(trainer, settings)
         clock = time.perf_counter()
-        with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
-            done = step_of(checkpoint)
-            if done:
-                advance("", done)
+        with bar(steps, f"training ({settings.method})", "steps", done=done, show=progress) as advance:
             trainer.add_callback(Progress(advance))
             with enough_memory():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
