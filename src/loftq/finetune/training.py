@@ -28,6 +28,7 @@ from loftq.finetune.checkpoints import resume_point, step_of
 from loftq.finetune.folder import BEFORE, CHECKPOINTS, PREDICTIONS, known_before, writing
 from loftq.finetune.model import Start, build
 from loftq.finetune.packing import check_isolated
+from loftq.finetune.places import Places
 from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.reporters import check_reporter, reporter
 from loftq.finetune.save import save_result
@@ -45,9 +46,16 @@ class Training:
     """One run in this process: data, model, Trainer, and what is kept in the end."""
 
     def __init__(
-        self, run: Path, settings: TrainSettings, start: Start, command: str | None, notice: Callable[[str], None]
+        self,
+        run: Path,
+        settings: TrainSettings,
+        start: Start,
+        places: Places,
+        command: str | None,
+        notice: Callable[[str], None],
     ) -> None:
         self.folder = run
+        self.places = places
         self.settings = settings
         self.start = start
         self.command = command
@@ -87,6 +95,7 @@ class Training:
             revision=self.start.revision,
             init_from=str(self.start.folder) if self.start.folder else None,
             backbone_sha256=backbone if self.start.quantized else None,
+            places=self.places,
             labels=labels,
             heads=heads,
             trainable=trainable,
