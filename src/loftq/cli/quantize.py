@@ -21,7 +21,10 @@ def quantize(
     bits: Annotated[int, typer.Option(help=f"Bits per weight: {options.choices(BITS)}.")] = _DEFAULT.bits,
     rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of the adapter.")] = _DEFAULT.rank,
     iters: Annotated[
-        int, typer.Option("--iters", "--iter", help="Alternations T; 0 fits no adapter. QLoRA is `--method qlora --published`.")
+        int,
+        typer.Option(
+            "--iters", "--iter", help="Alternations T; 0 fits no adapter. QLoRA is `--method qlora --published`."
+        ),
     ] = _DEFAULT.num_iter,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="the rank")] = None,
     use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,

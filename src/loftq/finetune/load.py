@@ -34,8 +34,8 @@ def load_run(
 ) -> tuple[nn.Module, TrainingRecord]:
     """The model of a run in eval mode: its backbone with the trained adapter and heads, or all of its weights.
 
-    ``dtype=None`` is the run's own. ``init_from``: the folder that the run was trained on, where that was moved to another
-    place; otherwise see :func:`find_base`.
+    ``dtype=None`` is the run's own. ``init_from``: the folder that the run was trained on, if it was moved; by default the
+    first of its recorded places that holds it.
 
     Raises:
         SourceError: the run or its backbone is missing or damaged. BackboneMismatchError: the backbone was quantized again
