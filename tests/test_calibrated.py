@@ -138,6 +138,36 @@ def test_model_without_tokenizer_is_quantized_weight_only_and_says_so(stories_di
     assert "no calibration" in said[0]
 
 
+def test_what_is_said_of_the_calibration_is_what_is_used(llama, tmp_path):
+    """The model has 128 positions; a folder that is finished is not calibrated."""
+    said: list[str] = []
+    config = loftq.LoftQConfig(bits=4, rank=4, calibration_samples=2, calibration_gradients=0)
+    where = llama.parent / "source", tmp_path / "out", config
+    report = loftq.quantize_checkpoint(*where, progress=False, notice=said.append)
+    assert (report.calibration["windows"], report.calibration["tokens"]) == (2, 256)
+    assert [s.partition(";")[0] for s in said] == ["calibrating on the built-in text (2 windows of 128 tokens)"]
+    said.clear()
+    loftq.quantize_checkpoint(*where, progress=False, notice=said.append)
+    assert said == [f"{tmp_path / 'out'} is finished already, with these settings; nothing was computed"]
+
+
+def test_a_short_text_is_a_note_in_one_sentence(llama, tmp_path, monkeypatch, capsys):
+    from loftq.cli import main
+
+    (tmp_path / "short.txt").write_text("a few letters, and no more than fit into one window", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    source, options = str(llama.parent / "source"), ["--rank", "4", "--calibration", "short.txt"]
+    monkeypatch.setattr("sys.argv", ["loftq", "quantize", source, "--out", "out", *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    assert stop.value.code == 0
+    first = captured.err.splitlines()[0]
+    assert first.startswith("loftq: calibration text 'short.txt' gave 1 window of "), captured.err
+    assert "Warning" not in captured.err
+    assert " tokens in 1 window with gradients;" in captured.out
+
+
 def test_live_model(stories_dir, train, evaluation):
     import transformers
 

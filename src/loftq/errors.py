@@ -29,6 +29,15 @@ class BackboneMismatchError(LoftQError):
     """An adapter that does not belong to the quantized backbone it is applied to."""
 
 
+class LoftQWarning(UserWarning):
+    """Something that a user should know and that does not end the work; the command line prints it as its other notes."""
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 window``, ``2 windows``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """Another library's message in one line, which may be long or empty; with the next where the first announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -81,7 +81,7 @@ def quantize_model(
     seconds: dict[str, float] = {}
     memory = PeakMemory().start()
     started = time.perf_counter()
-    with reporter(progress, sum(plan.numel for plan in plans.values())) as advance:
+    with reporter(progress, {name: plan.numel for name, plan in plans.items()}) as advance:
         for name, plan in plans.items():
             begun = time.perf_counter()
             known = statistics.of_module(plan) if statistics is not None else None

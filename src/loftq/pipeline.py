@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,7 +65,7 @@ def quantize_checkpoint(
             ``OUT_DIR.incomplete`` beside it.
         config: what to do.
         resume: continue an interrupted run with the same settings; otherwise start over.
-        progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, weights)``.
+        progress: a bar on a terminal, a plain line now and then elsewhere; or a callable ``(name, weights)``.
         revision: of a hub id.
         max_shard_bytes: largest weight file.
         command: recorded in the report.
@@ -86,7 +86,7 @@ def quantize_checkpoint(
 
     out_dir = Path(os.path.expanduser(out_dir))
     where = check_engine(engine, address, device)
-    told = notice or (lambda sentence: None)
+    told = notice or _silent
     with disk_errors(out_dir):  # before hours of work, and before the source is read
         finished = (out_dir / REPORT).exists()
         if not finished:
@@ -106,7 +106,8 @@ def quantize_checkpoint(
     hashes = {file.name: sha256_file(file) for file in opened.files}
     if config.plan is not None:
         load_plan(config.plan).check_source(hashes)
-    inputs = calibrated(opened, model, plans, config, hashes, statistics, told)
+    # a folder that is finished is compared with what would be computed now, and nothing is
+    inputs = calibrated(opened, model, plans, config, hashes, statistics, _silent if finished else told)
     config = config.replace(method=inputs.method)
     fingerprint = json.loads(
         json.dumps(
@@ -133,6 +134,7 @@ def quantize_checkpoint(
         needed = [*files, "config.json", f"{adapters.INIT_DIR}/{adapters.ADAPTER_CONFIG}"]
         if resume and same and all((out_dir / file).exists() for file in needed):
             remove_leftovers(out_dir)
+            told(f"{out_dir} is finished already, with these settings; nothing was computed")
             return report
         raise OutputError(
             f"{out_dir} holds a finished quantization{'' if same else ' with other settings or of another source'}, which "
@@ -144,10 +146,11 @@ def quantize_checkpoint(
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     try:
-        with reporter(progress, sum(u.weights for u in units)) as advance:
-            for unit in units:
-                if unit.name in staging.done:
-                    advance(unit.name, unit.weights)
+        weights = {u.name: u.weights for u in units}
+        with (
+            open_engine(engine, opened, parameters, config, address, told, where) as opened_engine,
+            reporter(progress, weights, staging.done) as advance,
+        ):
 
             def write(unit: Unit, computed: Computed) -> dict[str, Tensor]:
                 (tensors, record), took = computed
@@ -156,8 +159,7 @@ def quantize_checkpoint(
                 advance(unit.name, unit.weights)
                 return tensors
 
-            with open_engine(engine, opened, parameters, config, address, told, where) as opened_engine:
-                run_all(opened_engine, units, config, inputs, staging, index, write)
+            run_all(opened_engine, units, config, inputs, staging, index, write)
         records = [ModuleRecord(**staging.done[name]["record"]) for name in plans]
         report = QuantizationReport(
             modules=records,
@@ -185,6 +187,10 @@ def quantize_checkpoint(
     finally:
         staging.close()
     return report
+
+
+def _silent(sentence: str) -> None:
+    """Where nobody wants to be told."""
 
 
 def digest_of(digests: Mapping[str, str], *, adapter: bool) -> str:
@@ -220,11 +226,17 @@ def write_metadata(
 
 
 @contextmanager
-def reporter(progress: bool | Progress, total: int) -> Iterator[Callable[[str, int], None]]:
+def reporter(
+    progress: bool | Progress, weights: Mapping[str, int], done: Collection[str] = ()
+) -> Iterator[Callable[[str, int], None]]:
+    """What is told of each unit as it is done; of those that are done already at once."""
+    known = {name: weights[name] for name in weights if name in done}
     if callable(progress):
+        for name, count in known.items():
+            progress(name, count)
         yield progress
     else:
         from loftq.report.progress import bar
 
-        with bar(total, show=progress) as advance:
+        with bar(sum(weights.values()), done=sum(known.values()), show=progress) as advance:
             yield advance

@@ -65,7 +65,7 @@ def test_fewer_windows_than_wanted(tmp_path):
     path.write_text("abcdefghij" * 2)
     with pytest.warns(UserWarning, match="gave 2 windows of 8 tokens, 4 were wanted"):
         assert text_of(windows(path)) == ["abcdefgh", "ijabcdef"]
-    with pytest.warns(UserWarning, match="gave 1 windows of 20 tokens"):
+    with pytest.warns(UserWarning, match="gave 1 window of 20 tokens"):
         assert text_of(windows(path, length=50)) == ["abcdefghij" * 2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -103,8 +103,10 @@ def test_data(request, said, folder, files, options, sentence):
 def test_settings(llama, said, options, sentence):
     write({"a.jsonl": ROWS, "b.jsonl": ROWS})
     code, text = said("train", "run", "--init-from", llama, *PAIRS, *options)
-    assert (code, text.count("\n")) == (2, 1), text
-    assert sentence in text
+    *before, last = text.splitlines()
+    assert code == 2
+    assert all(line.startswith("loftq: measuring: 0 of ") for line in before), text
+    assert sentence in last
     assert not Path("run").exists()
 
 
@@ -160,8 +162,13 @@ def test_an_interrupt_is_one_sentence_and_the_run_continues(llama, said, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(TaskTrainer, "training_step", interrupted)
         code, text = said(*command)
-    assert (code, text) == (130, "loftq: interrupted; unfinished work continues when the command is run again\n")
-    assert said(*command)[0] == 0
+    lines = ["training (loftq): 0 of 4 steps", "interrupted; unfinished work continues when the command is run again"]
+    assert (code, text.splitlines()) == (130, [f"loftq: {line}" for line in lines])
+    code, text = said(*command)
+    lines = ["continuing from step 2 of 4", "training (loftq): 2 of 4 steps", "training (loftq): 4 of 4 steps in "]
+    assert code == 0
+    for line, expected in zip(text.splitlines(), lines, strict=True):
+        assert line.startswith(f"loftq: {expected}")
     record = json.loads(Path("run/training.json").read_text())
     assert [c["step"] for c in record["curve"]] == [1, 2, 3, 4]
 

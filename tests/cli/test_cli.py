@@ -103,8 +103,20 @@ def test_inspect(quantized):
     text = invoke("inspect", quantized)
     assert "35 modules" in text
     assert "model.layers.4.mlp.down_proj" in text
+    assert "checked" not in text
     values = json.loads(invoke("inspect", quantized, "--check", "--json"))
     assert values["totals"]["modules"] == 35
+
+
+@pytest.mark.parametrize("options", [(), ("--memory",)])
+def test_check_says_that_all_is_well(options, quantized):
+    report = loftq.QuantizationReport.load(quantized)
+    text = invoke("inspect", quantized, "--check", *options)
+    assert f"checked: all weights were read, and their hash ({report.backbone_sha256[:12]}…)" in text
+    values = json.loads(invoke("inspect", quantized, "--check", "--json", *options))
+    found = {"backbone_sha256": report.backbone_sha256, "adapter_sha256": report.adapter_sha256}
+    assert values["checked"] == found
+    assert "checked" not in json.loads(invoke("inspect", quantized, "--json", *options))
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.999], ids=lambda w: f"{w:.1%}")
@@ -158,7 +170,10 @@ def test_executable(stories_dir, tmp_path):
         "--json",
     ]
     first = run(*command)
-    assert (first.returncode, first.stderr) == (0, ""), "no bar and no notices where there is no terminal"
+    assert first.returncode == 0, first.stderr
+    begin, end = first.stderr.splitlines()
+    assert begin == "loftq: quantizing: 0 % of 260.0 kweights"
+    assert end.startswith("loftq: quantizing: 100 % of 260.0 kweights in ")
     report = json.loads(first.stdout)
     assert (
         report["command"]
@@ -166,9 +181,13 @@ def test_executable(stories_dir, tmp_path):
     )
     shown = run("inspect", "my model", "--check", "--json")
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert json.loads(shown.stdout) == report
+    assert json.loads(shown.stdout) == {
+        **report,
+        "checked": {n: report[n] for n in ("backbone_sha256", "adapter_sha256")},
+    }
     again = run(*command)
     assert json.loads(again.stdout) == report, "a finished run is not repeated"
+    assert again.stderr == "loftq: my model is finished already, with these settings; nothing was computed\n"
 
 
 def test_closed_pipe(quantized):

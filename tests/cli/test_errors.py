@@ -190,7 +190,9 @@ def test_interrupt(tmp_path, stories_dir):
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
     assert process.returncode == 130, err
-    assert err == "loftq: interrupted; unfinished work continues when the command is run again\n"
+    started, sentence = err.splitlines()
+    assert started.startswith("loftq: quantizing: 0 % of ")
+    assert sentence == "loftq: interrupted; unfinished work continues when the command is run again"
     assert not (tmp_path / "out").exists()
     assert journal.exists()
 

@@ -97,6 +97,19 @@ def test_a_quantized_folder_is_no_classifier(bert, letters_a_or_b, mistake):
     assert "without a trained head for classification; train one with" in message
 
 
+@pytest.mark.parametrize("folder", ["llama", "bert"])
+def test_a_classifier_writes_no_text(folder, letters_a_or_b, mistake, tmp_path, request):
+    start, run = request.getfixturevalue(folder), tmp_path / "run"
+    where = ["--init-from", start, "--task", "classification", "--data", letters_a_or_b, "--max-steps", 1]
+    invoke("train", run, *where)
+    saved = json.loads((run / "adapter_config.json").read_text())["modules_to_save"]
+    assert sorted(saved) == ["classifier", "score"]
+    for command in (["generate", run, "-p", "a"], ["evaluate", run, "--text", "pydoc"]):
+        message = mistake(*command)
+        assert f"{run} is a " in message
+        assert "ForSequenceClassification, expected a causal language model for this" in message
+
+
 @pytest.fixture
 def mistake(monkeypatch, capsys, tmp_path):
     """The one sentence of a command that must fail with exit code 2, run in an empty folder."""

@@ -145,6 +145,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     check_same_end(record, whole, run)
 
 
+def test_a_run_says_from_where_it_continues_and_what_it_measures(interrupted, llama, sums, tmp_path, capsys):
+    folder, _ = interrupted
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    train(run, settings(sums), init_from=llama)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("loftq: ")]
+    assert lines[:2] == ["loftq: continuing from step 4 of 8", "loftq: training (loftq): 4 of 8 steps"]
+    assert lines[2].startswith("loftq: step 6 of 8: perplexity ")
+    assert " ± " in lines[2]
+    assert lines[3].startswith("loftq: step 8 of 8: perplexity ")
+    assert lines[4].startswith("loftq: training (loftq): 8 of 8 steps in ")
+    assert len(lines) == 5
+
+
 def test_without_any_whole_checkpoint_the_run_begins_anew(interrupted, llama, sums, tmp_path):
     folder, whole = interrupted
     run = Path(shutil.copytree(folder, tmp_path / "run"))

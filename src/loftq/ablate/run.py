@@ -54,7 +54,8 @@ def ablate(
         settings: the sweep, and what is measured.
         out: folder of ``ablation.csv`` and ``modules.csv``; created. A finished cell in it is not computed again, one that
             failed is. An interrupted training continues.
-        command: recorded in every row. progress: bars on a terminal. notice: takes sentences that a user should read.
+        command: recorded in every row. progress: bars on a terminal, plain lines elsewhere.
+        notice: takes sentences that a user should read.
 
     Raises:
         ConfigError, SourceError: before anything is computed.

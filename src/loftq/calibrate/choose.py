@@ -21,7 +21,7 @@ from loftq.calibrate.statistics import OF_LAYER, Statistics
 from loftq.calibrate.text import CalibrationTokens, calibration_tokens
 from loftq.checkpoint.source import Source
 from loftq.config import LoftQConfig, default_method
-from loftq.errors import ConfigError, SourceError
+from loftq.errors import ConfigError, SourceError, counted
 from loftq.evaluate.models import default_window
 from loftq.evaluate.text import BUILTIN
 from loftq.plan.targets import ModulePlan
@@ -161,11 +161,6 @@ def calibrated(
             notice(
                 "no calibration: the model is no causal language model with a tokenizer; only the weight error counts"
             )
-        else:
-            notice(
-                f"calibrating on the built-in text ({config.calibration_samples} windows of {config.calibration_length} "
-                f"tokens); --calibration takes your own, --no-calibration leaves it out"
-            )
     if name is None:
         if chosen is not None:
             raise ConfigError(
@@ -185,6 +180,12 @@ def calibrated(
         seed=config.seed,
         model=_generator(source) if name == "self" else None,
     )
+    if config.calibration == "auto":
+        count, length = tokens.ids.shape
+        notice(
+            f"calibrating on the built-in text ({counted(count, 'window')} of {length} tokens); --calibration takes your own, "
+            f"--no-calibration leaves it out"
+        )
     method = config.method or default_method(_mean_bits(plans), True)
     if experts and (config.propagate or METHODS[method].needs_gradients):
         raise ConfigError(

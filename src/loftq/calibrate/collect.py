@@ -63,7 +63,7 @@ def collect(
         experts: parameters with the experts of a layer; every expert's statistics are under the parameter's name and the
             expert's number.
         fisher: with the gradients the diagonal Fisher information too, for LQ-LoRA.
-        progress: a bar on a terminal, nothing elsewhere; or a callable ``(name, tokens)``.
+        progress: a bar on a terminal, a plain line now and then elsewhere; or a callable ``(name, tokens)``.
 
     Raises:
         SourceError, ConfigError, OutputError: see :class:`StreamedForward`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loftq.config import positive_int
 from loftq.data.hub import could_be_hub_name, hub_rows
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import ConfigError, LoftQWarning, SourceError, counted, first_line
 from loftq.evaluate.text import BUILTIN, builtin_text, read_text
 
 SELF = "self"
@@ -129,7 +129,9 @@ def _encode(tokenizer: Any, text: str) -> Tensor:
 def _warn_if_fewer(name: str, got: int, wanted: int, length: int) -> None:
     if got < wanted:
         warnings.warn(
-            f"calibration text {name!r} gave {got} windows of {length} tokens, {wanted} were wanted; all of it is used",
+            f"calibration text {name!r} gave {counted(got, 'window')} of {length} tokens, {wanted} were wanted; all of it is "
+            f"used",
+            LoftQWarning,
             stacklevel=4,
         )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from loftq.checkpoint.gguf_file import read_contents
 from loftq.codec.qtensor import TensorInfo
-from loftq.errors import SourceError, first_line
+from loftq.errors import LoftQWarning, SourceError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -104,6 +104,7 @@ class GGUFSource:
             warnings.warn(
                 f"{self.path} holds no tokenizer that transformers can rebuild ({first_line(error)}); put the "
                 f"original model's tokenizer files into {out_dir}",
+                LoftQWarning,
                 stacklevel=2,
             )
 
@@ -201,6 +202,7 @@ class GGUFSource:
             warnings.warn(
                 f"{self.path} holds {', '.join(leftover[:3])}{more}, which transformers' {kind} read from GGUF leaves "
                 f"out; compare with the original model before relying on the result",
+                LoftQWarning,
                 stacklevel=3,
             )
         return {

@@ -38,6 +38,7 @@ def evaluate(
     metrics: Annotated[str | None, typer.Option(help="With commas.", show_default="the task's")] = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")] = None,
     revision: options.Revision = None,
+    init_from: options.InitFrom = None,
     adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Evaluate the backbone alone.")] = False,
     window: options.Window = None,
@@ -71,7 +72,7 @@ def evaluate(
     from loftq.finetune.load import is_run
 
     asked = [n for n, given in (("--text", text), ("--task or --data", task or data), ("--lm-eval", lm_eval)) if given]
-    how: _How = {"adapter": adapter, "use_adapter": not no_adapter, "dtype": dtype}
+    how: _How = {"adapter": adapter, "use_adapter": not no_adapter, "dtype": dtype, "init_from": init_from}
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} were given together; give one")
     if lm_eval is not None:
@@ -102,7 +103,7 @@ def evaluate(
             "limit": limit,
         }
         decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "rouge_stem": rouge_stem}
-        decoding |= {"batch_size": batch_size, "revision": revision}
+        decoding |= {"batch_size": batch_size, "revision": revision, "init_from": init_from}
         _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
     else:
         counts.refuse_strays(context, counts.TEXT)
@@ -118,8 +119,7 @@ def _known_data(model: str, task: str | None, data: str | None) -> DataSettings 
 
     if not is_run(model):
         return None if task is None or data is None else DataSettings(task, data)
-    trained = TrainingRecord.load(model).train_settings
-    known = trained.eval_data or trained.data
+    known = TrainingRecord.load(model).data_settings(model)
     return known if data is None else known.replace(data=data)
 
 

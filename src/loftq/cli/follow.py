@@ -20,6 +20,8 @@ def follow(
         found: cells, and whether each was measured just now. total: how many there will be.
         line: a cell in words. counts: whether it took the same kind of work as the others, for the time left.
     """
+    from loftq.report.progress import duration
+
     cells: list[T] = []
     spent: list[float] = []
     started = time.perf_counter()
@@ -32,10 +34,3 @@ def follow(
         ahead = f"; about {duration(left * sum(spent) / len(spent))} left" if spent and left else ""
         typer.echo(f"[{len(cells)}/{total}] {line(cell)}{'' if fresh else ', known'}{ahead}", err=True)
     return cells
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3 h 5 min``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else (f"{minutes} min" if minutes >= 5 else f"{60 * minutes + rest} s")

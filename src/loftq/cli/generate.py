@@ -16,6 +16,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue.")],
     revision: options.Revision = None,
+    init_from: options.InitFrom = None,
     adapter: options.Adapter = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Use the backbone alone.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.", min=1)] = 64,
@@ -34,7 +35,9 @@ def generate(
     from loftq.finetune.load import load_causal
     from loftq.report.tables import print_json
 
-    loaded = load_causal(model, adapter=adapter, use_adapter=not no_adapter, dtype=dtype, revision=revision)
+    loaded = load_causal(
+        model, adapter=adapter, use_adapter=not no_adapter, dtype=dtype, revision=revision, init_from=init_from
+    )
     tokenizer = load_tokenizer(model, revision)
     (text,) = generate_texts(
         loaded,

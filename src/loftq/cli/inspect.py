@@ -95,11 +95,11 @@ def inspect(
         return
     quiet_transformers()
     if folder is not None:
-        if check:
-            _check_hashes(folder)
+        checked = _check_hashes(folder) if check else {}
         footprint, model, settings, plans = _of_folder(folder)
     else:
         assert config is not None
+        checked = {}
         footprint, model, settings, plans = _of_config(config, given, dtype)
     from loftq.report.memory.training import LENGTH, TrainingSetup, position_limit, predict_methods
 
@@ -116,10 +116,13 @@ def inspect(
 
         about = {"folder": str(folder)} if folder is not None else {"config": config, "options": given}
         predicted = {m.setup.method: m.to_dict() for m in training}
-        print_json({**about, "memory": footprint.to_dict(), "training": predicted, "training_problem": problem})
+        print_json(
+            {**about, **checked, "memory": footprint.to_dict(), "training": predicted, "training_problem": problem}
+        )
         return
     from loftq.report.memory.tables import print_footprint, print_training
 
+    _print_checked(checked)
     print_footprint(footprint)
     if training:
         print_training(training)
@@ -132,29 +135,43 @@ def _show_report(folder: Path, check: bool, json_output: bool) -> None:
     from loftq.report.tables import print_json, print_report
 
     report = QuantizationReport.load(folder)
-    if check:
-        _check_hashes(folder)
+    checked = _check_hashes(folder) if check else {}
     if json_output:
-        print_json(report.to_dict())
+        print_json({**report.to_dict(), **checked})
     else:
         print_report(report, folder)
+        _print_checked(checked)
 
 
-def _check_hashes(folder: Path) -> None:
+def _print_checked(checked: dict[str, Any]) -> None:
+    if checked:
+        weights, adapter = (digest[:12] for digest in checked["checked"].values())
+        typer.echo(
+            f"checked: all weights were read, and their hash ({weights}…) and the fitted adapter's ({adapter}…) are those in "
+            f"the report"
+        )
+
+
+def _check_hashes(folder: Path) -> dict[str, Any]:
+    """For the output: the hashes that were computed and are those in the report.
+
+    Raises:
+        BackboneMismatchError: they are others.
+    """
     from loftq.errors import BackboneMismatchError
     from loftq.hub.backbone import adapter_sha256, backbone_sha256
     from loftq.report.record import QuantizationReport
 
     report = QuantizationReport.load(folder)
-    for what, actual, recorded in (
-        ("weights", backbone_sha256(folder), report.backbone_sha256),
-        ("fitted adapter", adapter_sha256(folder), report.adapter_sha256),
-    ):
+    found = {"backbone_sha256": backbone_sha256(folder), "adapter_sha256": adapter_sha256(folder)}
+    for what, (name, actual) in zip(("weights", "fitted adapter"), found.items(), strict=True):
+        recorded = getattr(report, name)
         if actual != recorded:
             raise BackboneMismatchError(
                 f"the {what} in {folder} have hash {actual[:12]}…, but the report says {recorded[:12]}…; they were "
                 f"changed or damaged, quantize again"
             )
+    return {"checked": found}
 
 
 def _of_folder(folder: Path) -> tuple[Footprint, PretrainedConfig, LoftQConfig, dict[str, ModulePlan] | None]:

@@ -64,9 +64,11 @@ Damping = Annotated[
 Data = Annotated[str, typer.Option(help=parse.DATA_HELP)]
 TrainSplit = Annotated[str, typer.Option(help="Split to train on.")]
 EvalData = Annotated[
-    str | None, typer.Option(help="What to measure on.", show_default="--data, where --eval-split is given")
+    str | None, typer.Option(help="What to measure on.", show_default="none, or --data with --eval-split")
 ]
-EvalSplit = Annotated[str | None, typer.Option(help="Split to measure on.", show_default="validation")]
+EvalSplit = Annotated[
+    str | None, typer.Option(help="Split to measure on.", show_default="none, or validation with --eval-data")
+]
 EvalLimit = Annotated[int | None, typer.Option(help="Measure on the first rows only.", show_default="all")]
 Map = Annotated[list[str] | None, typer.Option("--map", help=parse.MAP_HELP)]
 Labels = Annotated[
@@ -100,6 +102,9 @@ RougeStem = Annotated[
 ]
 
 # models and runs
+InitFrom = Annotated[
+    Path | None, typer.Option(help="Where the folder is now that a run was trained on, if it was moved.")
+]
 Adapter = Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")]
 Window = Annotated[int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")]
 GradientCheckpointing = Annotated[

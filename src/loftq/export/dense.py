@@ -19,7 +19,7 @@ from loftq.data.collate import padding_id, writing_ids
 from loftq.data.prepare import tokenizer_for
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.models import is_quantized
-from loftq.finetune.load import assemble, is_run
+from loftq.finetune.load import assemble, find_base, is_run
 from loftq.finetune.record import TrainingRecord
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import check_adapter
@@ -96,7 +96,7 @@ def _folder_model(directory: Path, adapter: str | Path | None) -> Any:
 def _run_model(run: Path, folder: Path | None) -> tuple[Any, Any]:
     """A run's model in float32, and its tokenizer, if it has one.
 
-    ``folder``: where the quantized folder that it was trained on is now; ``None`` for where it was.
+    ``folder``: the quantized folder that it was trained on, if it was moved.
     """
     record = TrainingRecord.load(run)
     settings = record.train_settings
@@ -109,9 +109,11 @@ def _run_model(run: Path, folder: Path | None) -> tuple[Any, Any]:
         raise ConfigError(
             f"{run} was trained on the full-precision {record.base}, not on a quantized folder; use `loftq export {run}`"
         )
-    model = assemble(run, record, dtype="float32", base=folder)
+    model = assemble(run, record, dtype="float32", init_from=folder)
     if record.backbone_sha256 is not None:
-        check_adapter(Path(folder or record.base), run)  # reads the weights, where a report alone may be out of date
+        check_adapter(
+            Path(find_base(run, record, folder)), run
+        )  # reads the weights, where a report alone may be out of date
     tokenizer = tokenizer_for(str(run), settings.data, settings.eval_data)
     padding_id(model, tokenizer)  # what training sets in the config, in its order
     if settings.data.task == "summarization":

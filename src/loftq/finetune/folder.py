@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from loftq.checkpoint.writer import disk_errors, lock_file
 from loftq.errors import OutputError, first_line
+from loftq.finetune.places import candidates, is_same
 from loftq.finetune.record import RECORD, TrainingRecord
 
 CHECKPOINTS = "checkpoints"
@@ -47,8 +49,11 @@ def locked(run: Path) -> Iterator[bool]:
         yield is_new
 
 
-def finished_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> TrainingRecord | None:
+def finished_run(run: Path, wanted: dict[str, Any], resume: bool) -> TrainingRecord | None:
     """The record of a run that is finished already, or ``None`` for one to start or continue.
+
+    ``wanted``: what :func:`begin_run` would write. Folders and files are compared by what they are, not by their spelling: a
+    quantized folder by the hash of its backbone, others by their place, also as seen from the run's folder.
 
     Raises:
         OutputError: the folder holds something else.
@@ -56,26 +61,29 @@ def finished_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> Traini
     started = run / _STARTED
     if started.exists():
         if resume:
-            known = _read_started(started)
-            if known == fingerprint:
+            known, wanted = _spelled_alike(run, _read_started(started), wanted)
+            if known == wanted:
                 return _known_result(run)
             raise OutputError(
-                f"{run} holds a run with other settings ({_difference(known, fingerprint)}); choose another folder, or start "
-                f"over with --no-resume"
+                f"{run} holds a run with other settings ({_difference(known, wanted)}); choose another folder, or start over "
+                f"with --no-resume"
             )
     elif any(p.name != ".lock" for p in run.iterdir()):
         raise OutputError(f"{run} holds something else, expected a folder that is absent, empty or a run to continue")
     return None
 
 
-def begin_run(run: Path, fingerprint: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's, without what an earlier one has left where it is not continued."""
+def begin_run(run: Path, started: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's, without what an earlier one has left where it is not continued.
+
+    ``started``: the settings, and what they were given for.
+    """
     with disk_errors(run):
         if not resume:
             shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
             for name in (RECORD, PREDICTIONS, BEFORE):
                 (run / name).unlink(missing_ok=True)
-        (run / _STARTED).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+        (run / _STARTED).write_text(json.dumps(started, indent=1), encoding="utf-8")
 
 
 def forget_run_without_result(run: Path) -> None:
@@ -102,6 +110,9 @@ def _read_started(path: Path) -> dict[str, Any]:
         known = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(known, dict) or not isinstance(known.get("settings"), dict):
             raise ValueError("no settings in it")
+        places = known.get("places")
+        if places is not None and not (isinstance(places, dict) and all(isinstance(p, dict) for p in places.values())):
+            raise ValueError("its places are no paths")
     except ValueError as error:
         raise OutputError(
             f"{path} is damaged ({error}); start over with --no-resume, or choose another folder"
@@ -121,7 +132,53 @@ def _known_result(run: Path) -> TrainingRecord | None:
     return record
 
 
+_NAMES = (("base",), ("folder",), ("settings", "data", "data"), ("settings", "eval_data", "data"))
+"""Keys of what names a folder or a file."""
+
+
+def _spelled_alike(run: Path, known: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without their places, the names of folders and files equal where they mean the same, and otherwise absolute."""
+    known, wanted = copy.deepcopy(known), copy.deepcopy(wanted)
+    places, wanted_places = known.pop("places", None), wanted.pop("places", {})
+    hashes = known.get("backbone_sha256"), wanted.get("backbone_sha256")
+    if None in hashes:  # of a run that was begun before the hash was recorded, or without a quantized folder
+        for values in (known, wanted):
+            values.pop("backbone_sha256", None)
+    quantized = known.get("folder")
+    for keys in _NAMES:
+        ours, theirs = _parent(known, keys), _parent(wanted, keys)
+        name = keys[-1]
+        if ours is None or theirs is None or not all(isinstance(v.get(name), str) for v in (ours, theirs)):
+            continue
+        if None not in hashes and ours[name] == quantized and theirs[name] == wanted["folder"]:
+            ours[name] = theirs[name]  # the same if the hashes are, which are compared as well
+        elif is_same(run, ours[name], places, theirs[name]):
+            ours[name] = theirs[name]
+        else:
+            ours[name] = candidates(run, ours[name], places or {})[0]
+            theirs[name] = wanted_places.get(theirs[name], {}).get("absolute", theirs[name])
+    return known, wanted
+
+
+def _parent(values: Any, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    for key in keys[:-1]:
+        values = values.get(key)
+        if not isinstance(values, dict):
+            return None
+    return values
+
+
 def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = {**known, **known["settings"]}, {**wanted, **wanted["settings"]}
-    names = [n for n in flat[1] if n != "settings" and flat[0].get(n) != flat[1][n]]
-    return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1][n]!r}" for n in names[:2]) or "of another version"
+    flat = [{**_flat(values), **_flat(values["settings"])} for values in (known, wanted)]
+    names = [n for n in {**flat[1], **flat[0]} if flat[0].get(n) != flat[1].get(n)]
+    return ", ".join(f"{n}: {flat[0].get(n)!r}, not {flat[1].get(n)!r}" for n in names[:2]) or "of another version"
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """``data.limit`` for what is in ``data``; without the settings, which come after the rest."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "settings":
+            continue
+        found |= {f"{name}.{n}": v for n, v in value.items()} if isinstance(value, dict) else {name: value}
+    return found

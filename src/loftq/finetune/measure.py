@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int
@@ -11,7 +12,7 @@ from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.models import check_exists, load_config
 from loftq.evaluate.task import Measurement, check_metrics, measure
-from loftq.finetune.load import is_run, load_for_task, load_run
+from loftq.finetune.load import is_run, load_for_task, load_run, refuse_start_of_no_run
 from loftq.finetune.record import TrainingRecord
 from loftq.finetune.settings import DTYPES
 from loftq.report.progress import bar
@@ -28,6 +29,7 @@ def evaluate_task(
     num_beams: int | None = None,
     rouge_stem: bool | None = None,
     revision: str | None = None,
+    init_from: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Measurement, DataSettings, list[str]]:
     """Measure a run of ``loftq train``, or another model that has the task's head.
@@ -38,7 +40,7 @@ def evaluate_task(
         metrics: ``None`` for the run's, or the task's own.
         dtype: ``None`` for the run's, or ``auto``. batch_size: examples at once; ``None`` for the run's, or 1.
         max_new_tokens, num_beams: of texts that a metric needs; ``None`` for the run's, or 256 and 1.
-        revision: of ``model``, a hub id; by default its main branch.
+        revision: of ``model``, a hub id; by default its main branch. init_from: where a run's model is now, if it was moved.
         rouge_stem: ROUGE compares Porter's stems of words; ``None`` for the run's, or yes.
 
     Returns:
@@ -56,12 +58,13 @@ def evaluate_task(
         one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
     check_exists(model, revision)
+    refuse_start_of_no_run(model, init_from)
     if is_run(model):
         record = TrainingRecord.load(model)
-        settings = _settings_of(record, changes)
+        settings = _settings_of(model, record, changes)
         # before the model is loaded, so that a mistake costs no time
         chosen = check_metrics(settings.task, record.train_settings.metric_names if metrics is None else metrics)
-        loaded, record = load_run(model, dtype=dtype)
+        loaded, record = load_run(model, dtype=dtype, init_from=init_from)
         labels = record.labels
         trained = record.train_settings
         usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
@@ -89,10 +92,9 @@ def evaluate_task(
     return result, settings, examples.notes()
 
 
-def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSettings:
+def _settings_of(run: str, record: TrainingRecord, changes: Mapping[str, Any]) -> DataSettings:
     """The run's evaluation data, or its training data elsewhere, with what is asked for instead."""
-    trained = record.train_settings
-    known = trained.eval_data or trained.data
+    known = record.data_settings(run)
     if changes.get("task", known.task) != known.task:
         raise ConfigError(f"the run was trained for {known.task}, expected no other --task than that")
     labels = list(changes.get("labels") or ())
@@ -101,7 +103,7 @@ def _settings_of(record: TrainingRecord, changes: Mapping[str, Any]) -> DataSett
             f"labels is {', '.join(labels)}, but the run was trained for the classes {', '.join(record.labels)} in this order; "
             f"leave --labels out"
         )
-    if trained.eval_data is None and "data" not in changes:
+    if record.train_settings.eval_data is None and "data" not in changes:
         raise ConfigError("the run had nothing to measure on; say what with --data")
     changes = {"limit": None, **changes} if "data" in changes else dict(changes)
     return known.replace(**changes, packing=None)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.writer import replace_text
+from loftq.data.prepare import DataSettings
 from loftq.errors import SourceError
+from loftq.finetune.places import Places, locate
 from loftq.finetune.settings import TrainSettings
 
 RECORD = "training.json"
@@ -22,7 +24,8 @@ class TrainingRecord:
     Attributes:
         settings: the :class:`TrainSettings` as a dict. base: the model that was trained; revision: of it on the hub, where
             one was named; init_from: the quantized folder whose adapter settings held; backbone_sha256: of the packed
-            backbone, where there is one.
+            backbone, where there is one. places: where the folders and files among these names lie, see
+            :mod:`loftq.finetune.places`; the names are as they were typed.
         labels: the classes in the order of their numbers. heads: modules that were trained from scratch.
         trainable, parameters: counted weights. data, eval_data: rows, examples and tokens, and what ROUGE is taken with.
         curve: a dict for each step: step, epoch, loss, learning_rate, grad_norm.
@@ -51,6 +54,7 @@ class TrainingRecord:
     status: str = "unfinished"
     predictions: str | None = None
     revision: str | None = None
+    places: Places = field(default_factory=dict)
     command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +63,11 @@ class TrainingRecord:
     @property
     def train_settings(self) -> TrainSettings:
         return TrainSettings.from_dict(self.settings)
+
+    def data_settings(self, folder: str | Path) -> DataSettings:
+        """What the run in ``folder`` was measured on, or else trained on, by a name that leads there from here."""
+        used = self.train_settings.eval_data or self.train_settings.data
+        return used.replace(data=locate(Path(folder), used.data, self.places))
 
     def to_dict(self) -> dict[str, Any]:
         return _without_nan(asdict(self))
@@ -80,6 +89,8 @@ class TrainingRecord:
         try:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
             record.train_settings  # noqa: B018 - refuses what is no setting
+            if not all(isinstance(known, dict) for known in record.places.values()):
+                raise ValueError("its places are no paths")
             return record
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise SourceError(f"{path} is damaged ({error}); train again") from None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loftq.checkpoint.writer import disk_errors
 from loftq.finetune.model import Start
+from loftq.finetune.places import absolute
 from loftq.finetune.record import TrainingRecord
 from loftq.hub.adapter import ADAPTER_CONFIG, amend_adapter_config
 
@@ -36,5 +37,5 @@ def save_result(
         tokenizer.save_pretrained(str(folder))
     if (folder / ADAPTER_CONFIG).exists():
         base: Any = model.get_base_model()  # type: ignore[operator]
-        amend_adapter_config(folder, base, record.backbone_sha256, base_model_name_or_path=start.base)
+        amend_adapter_config(folder, base, record.backbone_sha256, base_model_name_or_path=absolute(start.base))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is a form that nobody has filled in

@@ -28,6 +28,7 @@ from loftq.finetune.checkpoints import resume_point, step_of
 from loftq.finetune.folder import BEFORE, CHECKPOINTS, PREDICTIONS, known_before, writing
 from loftq.finetune.model import Start, build
 from loftq.finetune.packing import check_isolated
+from loftq.finetune.places import Places
 from loftq.finetune.record import RECORD, TrainingRecord
 from loftq.finetune.reporters import check_reporter, reporter
 from loftq.finetune.save import save_result
@@ -36,17 +37,25 @@ from loftq.finetune.trainer import TaskTrainer, as_loaded, enough_memory, total_
 from loftq.finetune.watch import Divergence, Patience, Progress
 from loftq.hub.adapter import INIT_DIR
 from loftq.hub.backbone import adapter_config, recorded_backbone
-from loftq.report.progress import bar
+from loftq.report.progress import bar, say
 from loftq.report.system import TRAINING_PACKAGES, PeakMemory, machine, versions
+from loftq.report.training import metrics_line
 
 
 class Training:
     """One run in this process: data, model, Trainer, and what is kept in the end."""
 
     def __init__(
-        self, run: Path, settings: TrainSettings, start: Start, command: str | None, notice: Callable[[str], None]
+        self,
+        run: Path,
+        settings: TrainSettings,
+        start: Start,
+        places: Places,
+        command: str | None,
+        notice: Callable[[str], None],
     ) -> None:
         self.folder = run
+        self.places = places
         self.settings = settings
         self.start = start
         self.command = command
@@ -86,6 +95,7 @@ class Training:
             revision=self.start.revision,
             init_from=str(self.start.folder) if self.start.folder else None,
             backbone_sha256=backbone if self.start.quantized else None,
+            places=self.places,
             labels=labels,
             heads=heads,
             trainable=trainable,
@@ -135,7 +145,10 @@ class Training:
 
         def measured(trained: nn.Module) -> dict[str, float]:
             latest.clear()
-            latest[trainer.state.global_step] = found = self._measure(trained, held, labels, progress)
+            step = trainer.state.global_step
+            latest[step] = found = self._measure(trained, held, labels, progress)
+            if progress:
+                say(f"step {step} of {steps}: {metrics_line(found.known)}")
             return processes.agreed(found.known)
 
         start_decoder = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -156,20 +169,21 @@ class Training:
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
         checkpoint = self._resume_point()
+        done, steps = step_of(checkpoint), total_steps(trainer, settings)
+        if progress and checkpoint is not None:
+            say(f"continuing from step {done} of {steps}")
         begun = self.folder / BEFORE
         if held is not None:
             record.before = processes.agreed(known_before(begun) if checkpoint else None)
             if record.before is None:
                 record.before = self._measure(model.to(arguments.device), held, labels, progress).known
+                if progress:
+                    say(f"before training: {metrics_line(record.before)}")
                 if processes.is_main():
                     with writing(self.folder):
                         replace_text(begun, json.dumps(record.before))
-        steps = total_steps(trainer, settings)
         clock = time.perf_counter()
-        with bar(steps, f"training ({settings.method})", "steps", show=progress) as advance:
-            done = step_of(checkpoint)
-            if done:
-                advance("", done)
+        with bar(steps, f"training ({settings.method})", "steps", done=done, show=progress) as advance:
             trainer.add_callback(Progress(advance))
             with enough_memory():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

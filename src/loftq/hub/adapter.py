@@ -164,7 +164,7 @@ def save_adapter_config(config: LoraConfig, directory: Path, model: nn.Module, b
 
 
 def amend_adapter_config(directory: Path, model: nn.Module, backbone_sha256: str | None, **changes: Any) -> None:
-    """Put the backbone's hash into :func:`auto_mapping`, and fields into an order.
+    """Put the backbone's hash into :func:`auto_mapping`, and fields into an order, without what is there twice.
 
     Args:
         model: the base model. backbone_sha256: ``None`` for one that is not packed. changes: of further fields.
@@ -175,4 +175,6 @@ def amend_adapter_config(directory: Path, model: nn.Module, backbone_sha256: str
     for name in ("target_modules", "target_parameters"):  # PEFT keeps them in sets, whose order changes from run to run
         if isinstance(values.get(name), list):
             values[name] = sorted(values[name])
+    if values.get("modules_to_save"):  # PEFT adds all heads it knows of to those that are named
+        values["modules_to_save"] = list(dict.fromkeys(values["modules_to_save"]))
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from loftq.errors import LoftQWarning
 from loftq.kernels.reference import packed_row_bytes
 
 __all__ = [
@@ -66,6 +67,7 @@ def _compiled() -> ModuleType:
         warnings.warn(
             f"numba does not load ({error}), so loftq computes with plain torch on the CPU, many times slower; install a "
             f"numba that fits this Python and numpy",
+            LoftQWarning,
             stacklevel=2,
         )
         return _module("reference")

@@ -137,7 +137,7 @@ def measure_errors(
         path: where the table is kept. What it has already is not measured again; it grows as the work goes on, so that an
             interrupted run continues.
         hashes: sha256 of the model's files, where known already.
-        progress: a bar on a terminal.
+        progress: a bar on a terminal, a plain line now and then elsewhere.
 
     Raises:
         ConfigError: if the file at ``path`` was measured on another model or with other settings.

@@ -70,7 +70,7 @@ def refine(
         out: another folder for the result, absent or empty, which shares unchanged weight files with ``out_dir`` as hard
             links. By default the result takes the place of ``out_dir``.
         resume: continue an interrupted run with the same settings; otherwise start over.
-        progress: a bar on a terminal.
+        progress: a bar on a terminal, a plain line now and then elsewhere.
         command: recorded in the report.
 
     Raises:

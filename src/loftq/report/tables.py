@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from loftq.errors import counted
 from loftq.report.record import QuantizationReport
 
 
@@ -70,7 +71,7 @@ def calibrated_on(report: QuantizationReport) -> str:
     extras = [name for name in ("gradients", "propagate") if text.get(name)]
     unseen = len(report.modules) - len(known)
     return (
-        f"calibrated on {text['name']}: {text['tokens']:,} tokens in {text['windows']} windows"
+        f"calibrated on {text['name']}: {text['tokens']:,} tokens in {counted(text['windows'], 'window')}"
         + (f" with {' and '.join(extras)}" if extras else "")
         + f"; mean relative error of the outputs {share:.4f}"
         + (f"; {unseen} modules were never reached, there only the weight error counts" if unseen else "")
