@@ -32,15 +32,19 @@ def writing_ids(model: Any, tokenizer: Any) -> None:
     """The tokens with which an encoder-decoder begins, fills and ends what it writes, where its config leaves them out.
 
     A model that ``EncoderDecoderModel`` puts together from two others has a config around theirs, and no such tokens in
-    it: the tokenizer's are taken. What the model says itself stays.
+    it: the tokenizer's are taken. What the model says itself stays. T5Gemma makes its decoder's inputs with the tokens of
+    that half's config, where a model is to begin in training as it begins to write.
 
     Raises:
         ConfigError: neither the model nor the tokenizer has a token to begin with.
     """
     config, generation = model.config, model.generation_config
+    half = getattr(config, "decoder", None)
+    half = half if hasattr(half, "model_type") else None
     wanted = (
         generation.decoder_start_token_id,
-        config.decoder_start_token_id,
+        getattr(config, "decoder_start_token_id", None),
+        getattr(half, "bos_token_id", None),
         generation.bos_token_id,
         tokenizer.bos_token_id,
         tokenizer.cls_token_id,
@@ -54,6 +58,10 @@ def writing_ids(model: Any, tokenizer: Any) -> None:
     config.decoder_start_token_id = generation.decoder_start_token_id = start
     if config.pad_token_id is None:
         config.pad_token_id = padding_id(model, tokenizer)
+    if half is not None:
+        half.bos_token_id = start
+        if half.pad_token_id is None:
+            half.pad_token_id = config.pad_token_id
     if generation.eos_token_id is None:
         generation.eos_token_id = end_token(tokenizer)[0]
 

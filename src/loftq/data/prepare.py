@@ -161,15 +161,31 @@ def positions(config: Any | None, *, writing: bool = False) -> int | None:
     """
     if config is None:
         return None
-    half = getattr(config, "decoder" if writing else "encoder", None)
-    part: Any = half if hasattr(half, "model_type") else config.get_text_config()
+    half: Any = getattr(config, "decoder" if writing else "encoder", None)
+    part: Any = (half if hasattr(half, "model_type") else config).get_text_config()
     limit = getattr(part, "max_position_embeddings", None)
-    # RoBERTa's family numbers positions from the padding token's id + 1
-    offset = part.pad_token_id + 1 if part.model_type in _OFFSET_POSITIONS else 0
+    offset = (part.pad_token_id or 0) + 1 if part.model_type in OFFSET_POSITIONS else 0
     return limit - offset if isinstance(limit, int) and limit > 0 else None
 
 
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
+OFFSET_POSITIONS = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Families of RoBERTa's kind, which number positions from the padding token's id + 1: so many fewer are for tokens."""
 
 
 def rows_of(settings: DataSettings, left_out: LeftOut = lambda where: None) -> Iterable[Row]:

@@ -14,10 +14,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from loftq.data.collate import Collator
 from loftq.data.examples import IGNORED, Examples
+from loftq.data.tasks import task
 from loftq.errors import ConfigError
 from loftq.modules import PackedModule
 
@@ -124,24 +126,27 @@ class Shared(Dataset[tuple[Any, bool]]):
         return self.examples[max(index, ~index)], index >= 0
 
 
+def counted(batch: dict[str, Any], name: str) -> Tensor:
+    """What a batch of the task of that name counts in a mean over several: learned tokens, or else examples; () int64."""
+    labels = batch.get("labels")
+    if labels is not None and labels.dim() == 2:
+        # a causal model's first token has none before it to be predicted from
+        return (labels[:, 1:] if task(name).is_causal else labels).ne(IGNORED).sum()
+    return torch.tensor(len(batch["input_ids"]), device=batch["input_ids"].device)
+
+
 def collated(collator: Collator, share: list[tuple[Any, bool]], *, by_token: bool) -> dict[str, Any]:
     """A share as the model takes it.
 
-    Under ``counted`` is what it counts in the mean over the batch, learned tokens or else examples, unless the loss is a sum
-    over tokens (``by_token``) that is divided by those of all processes.
+    Under ``counted`` is what it counts in the mean over the step, see :func:`counted`, unless the loss is a sum over tokens
+    (``by_token``) that is divided by those of all processes.
     """
     batch = collator([example for example, _ in share])
-    labels = batch.get("labels")
     counts = all(counts for _, counts in share)
-    if by_token:
-        if not counts:
-            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    if not by_token:
+        batch["counted"] = counted(batch, collator.task) if counts else torch.tensor(0)
     elif not counts:
-        batch["counted"] = torch.tensor(0)
-    elif labels is not None and labels.dim() == 2:
-        batch["counted"] = (labels != IGNORED).sum()
-    else:
-        batch["counted"] = torch.tensor(len(share))
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     return batch
 
 

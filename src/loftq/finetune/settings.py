@@ -29,7 +29,8 @@ class TrainSettings:
             ``full`` all weights of it. For ``lora``, rank, alpha and target modules are the quantized folder's where one is
             given, and nothing but the initialisation differs.
         epochs: passes over the data; max_steps: optimizer steps, which wins where given.
-        batch_size, gradient_accumulation: their product is the number of examples of a step.
+        batch_size, gradient_accumulation: their product is the number of examples of a step, whose loss is the mean over
+            all their learned tokens, or over the examples where there is one label to each.
         eval_batch_size: ``None`` for ``batch_size``.
         learning_rate, schedule, warmup_ratio, weight_decay, max_grad_norm: of AdamW.
         dtype: of the frozen weights and of the products; adapters stay float32. ``auto`` is bfloat16 on a GPU that has it

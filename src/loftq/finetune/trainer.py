@@ -22,7 +22,7 @@ from loftq.data.tasks import task
 from loftq.errors import ConfigError, first_line
 from loftq.finetune.folder import CHECKPOINTS, writing
 from loftq.finetune.model import load_dtype
-from loftq.finetune.processes import Shared, Shares, collated, is_spread, spread_here
+from loftq.finetune.processes import Shared, Shares, collated, counted, is_spread, spread_here
 from loftq.finetune.settings import TrainSettings
 
 Measure = Callable[[nn.Module], dict[str, float]]
@@ -112,8 +112,9 @@ class TaskTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         # the Trainer goes by the signature alone: classifiers take the number of items, and make no use of it
+        self.task_name = examples.task
         self.sums_tokens = self.model_accepts_loss_kwargs and task(examples.task).is_causal
-        self.loss_is_scaled_for_ga = self.sums_tokens
+        self.loss_is_scaled_for_ga = True  # by the model, or in compute_loss
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -139,14 +140,24 @@ class TaskTrainer(Trainer):
             return self.accelerator.autocast()
         return torch.autocast("cpu", torch.float16) if self.is_float16_on_cpu else nullcontext()
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        if self.sums_tokens or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counted = torch.stack([self._counted(batch) for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(counted.reshape(1)).sum() if self.args.world_size > 1 else counted
+
+    def _counted(self, batch: dict[str, Any]) -> Tensor:
+        """What a batch, or a share of it, counts in the mean over the step: see :func:`loftq.finetune.processes.counted`."""
+        return batch["counted"] if "counted" in batch else counted(batch, self.task_name)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if "counted" not in inputs:
+        if self.sums_tokens or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        counted = inputs.pop("counted")
-        # a mean over this process's share, weighted by what the share is of the batch
-        weight = counted * self.args.world_size / self.accelerator.gather(counted.reshape(1)).sum()
+        # a mean over this batch, weighted by what it is of all batches of the step; the processes' gradients are averaged
+        weight = self._counted(inputs) * self.args.world_size / num_items_in_batch
+        inputs.pop("counted", None)
         found = super().compute_loss(model, inputs, return_outputs, None)
         return (found[0] * weight, found[1]) if return_outputs else found * weight
 
