@@ -1,9 +1,10 @@
 """What evaluation and generation refuse, each with one sentence."""
 
 import pytest
+import transformers as tf
 
 import loftq
-from loftq.evaluate.models import load_for_inference, load_tokenizer
+from loftq.evaluate.models import check_causal, load_for_inference, load_tokenizer
 from tiny import tiny_model
 
 
@@ -20,6 +21,32 @@ def folders(tmp_path_factory):
 def test_other_models_than_causal_ones(folders, name):
     with pytest.raises(loftq.SourceError, match="expected a causal language model"):
         load_for_inference(folders / name)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+@pytest.mark.parametrize("cls", [tf.BertForMaskedLM, tf.BertLMHeadModel])
+def test_an_encoder_is_no_causal_model_for_its_head(tmp_path, cls, is_decoder):
+    """transformers builds a BertLMHeadModel of any BERT; only a decoder's tokens do not see those behind them."""
+    config = tiny_model("bert").config
+    config.is_decoder = is_decoder
+    cls(config).save_pretrained(tmp_path / "bert")
+    loftq.quantize_checkpoint(tmp_path / "bert", tmp_path / "q", loftq.LoftQConfig(bits=4, rank=2, num_iter=0))
+    if is_decoder and cls is tf.BertLMHeadModel:
+        load_for_inference(tmp_path / "q")
+    if is_decoder:
+        load_for_inference(tmp_path / "bert")
+        return
+    for folder in (tmp_path / "bert", tmp_path / "q"):
+        with pytest.raises(
+            loftq.SourceError,
+            match=r"in which a token sees those behind it \(is_decoder is false .*\), expected a causal",
+        ):
+            load_for_inference(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "qwen2", "mixtral", "qwen3-moe"])
+def test_causal_models_are_taken(name):
+    check_causal(tiny_model(name), name)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-q"])

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from letters import letters
 from loftq.data.prepare import DataSettings
 from loftq.errors import ConfigError, OutputError, SourceError
 from loftq.finetune.adapter import module_names
@@ -198,6 +199,18 @@ def test_all_weights_are_trained_in_float32(bert):
     start = find_start("full", None, str(bert.parent / "source"))
     model, _ = build(start, short("x", "classification", method="full", dtype="bfloat16"), ["a", "b"])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("task", ["causal", "completion"])
+def test_an_encoder_is_not_trained_to_predict_what_it_sees(tmp_path, sums, task):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.BertForMaskedLM(tf.BertConfig(vocab_size=len(letters()), max_position_embeddings=128, **sizes))
+    folder = quantized(model, tmp_path)
+    settings = short(sums if task == "completion" else str(Path(__file__)), task)
+    with pytest.raises(SourceError, match="is a BertLMHeadModel in which a token sees those behind it"):
+        train(tmp_path / "run", settings, init_from=folder, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "apart"), [("llama", True), ("gpt2", True), ("opt", False)])

@@ -88,8 +88,9 @@ def load_for_inference(
         if adapter is not None:
             check_adapter_of_dense(model, adapter)
             loaded = with_adapter(loaded, adapter)
+    loaded = loaded.to(device).eval()
     check_causal(loaded, model)
-    return loaded.to(device).eval()
+    return loaded
 
 
 def check_exists(model: str | Path, revision: str | None = None) -> None:
@@ -107,10 +108,22 @@ def check_exists(model: str | Path, revision: str | None = None) -> None:
 
 
 def check_causal(loaded: nn.Module, name: str | Path) -> None:
-    """A :class:`SourceError` unless the model predicts the next token of a text."""
-    base = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
-    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:  # type: ignore[operator, union-attr]
+    """A :class:`SourceError` unless the model predicts the next token of a text from those before it.
+
+    It is tried out: transformers builds a ``BertLMHeadModel`` of an encoder without a word, whose perplexity is that of
+    tokens it has seen.
+    """
+    from loftq.evaluate.attention import sees_ahead
+
+    base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
         raise SourceError(f"{name} is a {type(base).__name__}, expected a causal language model for this")
+    if sees_ahead(loaded):
+        cause = " (is_decoder is false in its config.json)" if getattr(base.config, "is_decoder", None) is False else ""
+        raise SourceError(
+            f"{name} is a {type(base).__name__} in which a token sees those behind it{cause}, expected a causal language model "
+            f"for this"
+        )
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

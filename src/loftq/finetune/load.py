@@ -45,7 +45,8 @@ def load_run(
     """
     folder = Path(folder)
     record = TrainingRecord.load(folder)
-    return _placed(assemble(folder, record, dtype=dtype, init_from=init_from)), record
+    model = assemble(folder, record, dtype=dtype, init_from=init_from)
+    return _placed(model, folder, record.train_settings.data.task), record
 
 
 def assemble(
@@ -96,8 +97,9 @@ def load_causal(
     check_exists(model, revision)
     if adapter is not None or not use_adapter:
         raise ConfigError(f"{model} is a run of `loftq train` with its own adapter; name its quantized folder instead")
-    loaded, _ = load_run(model, dtype=dtype, init_from=init_from)
-    check_causal(loaded, model)
+    loaded, record = load_run(model, dtype=dtype, init_from=init_from)
+    if not task(record.train_settings.data.task).is_causal:
+        check_causal(loaded, model)
     return loaded
 
 
@@ -150,8 +152,12 @@ def _misfit(run: Path, backbone: str, place: str) -> LoftQError | None:
     )
 
 
-def _placed(model: Any) -> nn.Module:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+def _placed(model: Any, source: str | Path, name: str) -> nn.Module:
+    """The model where it is used, after a look whether it is one for the task of that name."""
+    placed: nn.Module = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if task(name).is_causal:
+        check_causal(placed, source)
+    return placed
 
 
 def load_for_task(
@@ -174,14 +180,14 @@ def load_for_task(
                 f"{model} is a {found.__name__ if found else 'base model'} without a trained head for {name}; train one with "
                 f"`loftq train RUN --init-from {model} --task {name} …` and measure RUN"
             )
-        return _placed(loaded)
+        return _placed(loaded, model, name)
     settings = TrainSettings(DataSettings(name, "-"), method="full", dtype=dtype)
     loaded_base = load_base(Start(model, revision=revision), settings, labels)
     if loaded_base.missing:
         raise SourceError(
             f"{model} has no {sorted(loaded_base.missing)[0]}, the trained head for {name}; train one with `loftq train`"
         )
-    return _placed(loaded_base)
+    return _placed(loaded_base, model, name)
 
 
 def _auto_classes(cls: Any) -> set[str]:

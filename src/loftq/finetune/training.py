@@ -17,8 +17,9 @@ from loftq.data.check import summary
 from loftq.data.collate import Collator, padding_id, writing_ids
 from loftq.data.examples import Examples
 from loftq.data.prepare import positions, prepare, tokenizer_for
+from loftq.data.tasks import task
 from loftq.errors import SourceError
-from loftq.evaluate.models import load_config
+from loftq.evaluate.models import check_causal, load_config
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.rouge import ROUGE, conditions
 from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
@@ -166,6 +167,8 @@ class Training:
             measured if held else None,
             callbacks,
         )
+        if task(settings.data.task).is_causal:  # after the Trainer has put the model where it is trained
+            check_causal(model, self.start.base)
         if settings.data.packing and settings.data.task != "causal":
             check_isolated(model)
         checkpoint = self._resume_point()
