@@ -47,7 +47,29 @@ STRAYS = [
     *((TRAIN, option, LORA) for option in ("--rank 4", "--lora-alpha 4", "--target-modules q_proj", "--use-rslora")),
     *((BARE, f"--method full {option}", LORA) for option in ("--rank 4", "--target-modules q_proj")),
     (BARE, "--method full --lora-dropout 0.1", "is for methods with an adapter"),
-    (TRAIN, "--eval-limit 3", "is for evaluation data (--eval-data or --eval-split)"),
+    *(
+        (TRAIN, option, "is for evaluation data (--eval-data or --eval-split)")
+        for option in (
+            "--eval-limit 3",
+            "--eval-batch-size 3",
+            "--metrics exact_match",
+            "--max-new-tokens 3",
+            "--num-beams 2",
+            "--no-rouge-stem",
+        )
+    ),
+    *(
+        ([*command, *more], option, sentence)
+        for command, more in ((TRAIN, ["--eval-data", "a.jsonl"]), (TASK, []))
+        for option, sentence in (
+            ("--max-new-tokens 3", "is for metrics of written texts"),
+            ("--num-beams 2", "is for metrics of written texts"),
+            ("--no-rouge-stem", "--no-rouge-stem is for ROUGE"),
+            ("--metrics exact_match --no-rouge-stem", "--no-rouge-stem is for ROUGE"),
+            ("--metrics nonsense --num-beams 2", "metric is 'nonsense'"),
+        )
+    ),
+    (TASK, "--predictions p.jsonl", "is for metrics of predictions, which perplexity and loss are not"),
     (TRAIN, "--doc-stride 3", "is for the task qa"),
     (TRAIN, "--max-target-length 9", "is for the task summarization"),
     (
@@ -138,3 +160,11 @@ def test_rslora_without_a_quantized_folder(llama, said):
     assert code == 0, text
     config = json.loads(Path("run/adapter_config.json").read_text())
     assert (config["use_rslora"], config["r"]) == (True, 4)
+
+
+def test_documents_that_are_trained_apart_are_measured_apart(llama, said):
+    Path("texts.jsonl").write_text("".join(f'{{"text": "{c * 9}"}}\n' for c in "abc"))
+    texts = ["--task", "causal", "--data", "texts.jsonl", "--eval-data", "texts.jsonl", "--no-packing", "--json"]
+    code, out, text = said("train", "run", "--init-from", llama, *texts, "--max-steps", 1)
+    assert code == 0, text
+    assert json.loads(out)["eval_data"]["examples"] == 3

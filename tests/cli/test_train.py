@@ -267,4 +267,4 @@ def test_a_run_is_evaluated_as_it_was_measured(llama, sums, tmp_path, monkeypatc
 def test_no_number_of_texts_or_tokens(trained, mistake, option):
     folder, _ = trained
     message = f"{option.replace('-', '_')} is 0, expected an integer of at least 1"
-    assert message in mistake("evaluate", folder, f"--{option}", 0)
+    assert message in mistake("evaluate", folder, "--metrics", "exact_match", f"--{option}", 0)

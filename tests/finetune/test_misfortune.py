@@ -254,3 +254,38 @@ def test_a_head_is_trained_in_float32_on_a_bfloat16_body(bert, letters_a_or_b, t
     assert {t.dtype for t in kept.values()} == {torch.float32}
     result, _, _ = evaluate_task(str(tmp_path / "run"), {}, dtype="bfloat16", progress=False)
     assert result.metrics["accuracy"] is not None
+
+
+def test_f1_of_more_classes_than_two(bert, finished, tmp_path, monkeypatch):
+    """It would end a run only once a third class is predicted, or stands in the evaluation data."""
+    monkeypatch.setattr("loftq.finetune.training.build", lambda *a: pytest.fail("the model was loaded"))
+    three = write_rows(tmp_path / "three.jsonl", [{"text": c, "label": c} for c in "abc"])
+    two = write_rows(tmp_path / "two.jsonl", [{"text": c, "label": c} for c in "ab"])
+    data = DataSettings("classification", three)
+    settings = short(three, "classification", eval_data=data.replace(data=two), metrics=("accuracy", "f1"))
+    with pytest.raises(
+        ConfigError, match=r"f1 is that of the second of two classes, but there are 3 \(a, b, c\); use f1_macro"
+    ):
+        train(tmp_path / "run", settings, init_from=bert, progress=False)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    train(tmp_path / "run", settings.replace(metrics=("f1_macro",), max_steps=1), init_from=bert, progress=False)
+    with pytest.raises(ConfigError, match="use f1_macro"):
+        evaluate_task(str(tmp_path / "run"), {}, ["f1"], progress=False)
+
+
+def test_texts_that_are_trained_apart_are_measured_apart(llama, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": c * 8} for c in "abcd"])
+    apart = DataSettings("causal", rows, packing=False)
+    run, other = tmp_path / "run", tmp_path / "other"
+    record = train(run, TrainSettings(apart, apart, max_steps=1), init_from=llama, progress=False)
+    assert (record.data["examples"], record.eval_data["examples"]) == (4, 4)
+    found, settings, _ = evaluate_task(str(run), {}, progress=False)
+    assert settings.packing is False
+    assert found.metrics["perplexity"] == pytest.approx(record.after["perplexity"], rel=1e-5)
+    single, settings, _ = evaluate_task(str(llama), {"task": "causal", "data": rows, "packing": False}, progress=False)
+    assert settings.packing is False
+    assert single.metrics["perplexity"] == pytest.approx(record.before["perplexity"], rel=1e-5)
+    stream = DataSettings("causal", rows)
+    record = train(other, TrainSettings(stream, stream, max_steps=1), init_from=llama, progress=False)
+    assert record.eval_data["examples"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,6 +19,8 @@ TEXT, TASK_DATA, HARNESS = "a text", "the data of a task (--task and --data)", "
 # train and ablate
 NEW_ADAPTER, ADAPTER = "lora without a quantized folder", "methods with an adapter"
 MEASURED = "evaluation data (--eval-data or --eval-split)"
+WRITTEN, ROUGE = "metrics of written texts (exact_match, gsm8k, ROUGE)", "ROUGE"
+PREDICTED = "metrics of predictions, which perplexity and loss are not"
 TRAINING = "fine-tuning, which needs --task, --data and --eval-data"
 PERPLEXITY = "a text (--text)"
 # reproduce
@@ -69,7 +72,16 @@ _FINE_TUNING = (
     "seeds",
 )
 _OF_DATA = ("split", "map", "labels", "metrics", "max_length", "max_new_tokens", "num_beams", "rouge_stem")
+_OF_MEASURED = ("eval_limit", "eval_batch_size", "metrics", "max_new_tokens", "num_beams", "rouge_stem")
 _OF_RECIPE = ("dry_run", "out", "methods", "seeds", "model", "revision", "local", "file", "limit", "change")
+
+OF_METRICS: dict[str, tuple[str, ...]] = {
+    "max_new_tokens": (WRITTEN,),
+    "num_beams": (WRITTEN,),
+    "rouge_stem": (ROUGE,),
+    "predictions": (PREDICTED,),
+}
+"""Option -> what some of the chosen metrics must be of, where the data of a task are measured on."""
 
 COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "inspect": {
@@ -83,7 +95,7 @@ COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
         **_OF_TASKS,
         **dict.fromkeys(("rank", "lora_alpha", "target_modules", "use_rslora"), (NEW_ADAPTER,)),
         "lora_dropout": (ADAPTER,),
-        "eval_limit": (MEASURED,),
+        **dict.fromkeys(_OF_MEASURED, (MEASURED,)),
     },
     "evaluate": {
         **dict.fromkeys(("window", "stride", "max_tokens"), (TEXT,)),
@@ -111,7 +123,27 @@ def refuse_strays(context: typer.Context, *uses: str) -> None:
     Raises:
         ConfigError: the first of them.
     """
-    for name, places in COUNTS[str(context.command.name)].items():
+    _refuse(context, COUNTS[str(context.command.name)], uses)
+
+
+def refuse_unmeasured(context: typer.Context, task: str, metrics: Sequence[str]) -> None:
+    """Refuse an option that was given for metrics of another kind than the chosen ones.
+
+    Raises:
+        ConfigError: the first of them, or a metric that the task does not know.
+    """
+    from loftq.evaluate import rouge
+    from loftq.evaluate.task import check_metrics, makes_predictions, writes_texts
+
+    chosen = check_metrics(task, metrics)
+    uses = [WRITTEN] if writes_texts(task, chosen) else []
+    uses += [PREDICTED] if makes_predictions(task, chosen) else []
+    uses += [ROUGE] if set(chosen) & set(rouge.ROUGE) else []
+    _refuse(context, {n: p for n, p in OF_METRICS.items() if n in context.params}, uses)
+
+
+def _refuse(context: typer.Context, places_of: Mapping[str, tuple[str, ...]], uses: Sequence[str]) -> None:
+    for name, places in places_of.items():
         if _is_given(context, name) and not set(places) & set(uses):
             raise ConfigError(f"{_spelled(context, name)} is for {' or '.join(places)}; leave it out")
 
@@ -138,6 +170,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _spelled(context: typer.Context, name: str) -> str:
-    """An option as it is typed, such as ``--set``."""
+    """An option as it is typed, such as ``--set`` or ``--no-rouge-stem``."""
     parameter = next(p for p in context.command.params if p.name == name)
-    return next(option for option in parameter.opts if option.startswith("--"))
+    options = parameter.secondary_opts if context.params[name] is False else parameter.opts
+    return next(option for option in options if option.startswith("--"))

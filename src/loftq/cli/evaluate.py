@@ -86,10 +86,13 @@ def evaluate(
         }
         _harness(model, revision, lm_eval, chosen, how, json_output)
     elif task or data or (is_run(model) and text is None):
-        known = _known_data(model, task, data)
-        counts.refuse_strays(context, counts.TASK_DATA, *([counts.of_task(known.task)] if known else []))
+        known = _known(model, task, data)
+        counts.refuse_strays(context, counts.TASK_DATA, *([counts.of_task(known[0].task)] if known else []))
+        chosen_metrics = parse.names("--metrics", metrics)
         if known is not None:
-            counts.refuse_split(context, "split", known)
+            counts.refuse_split(context, "split", known[0])
+            if task in (None, known[0].task):
+                counts.refuse_unmeasured(context, known[0].task, chosen_metrics or known[1])
         changes: dict[str, Any] = {
             "task": task,
             "data": data,
@@ -104,23 +107,25 @@ def evaluate(
         }
         decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "rouge_stem": rouge_stem}
         decoding |= {"batch_size": batch_size, "revision": revision, "init_from": init_from}
-        _task(model, changes, parse.names("--metrics", metrics), decoding, predictions, dtype, json_output)
+        _task(model, changes, chosen_metrics, decoding, predictions, dtype, json_output)
     else:
         counts.refuse_strays(context, counts.TEXT)
         windows = {"window": window, "stride": stride, "batch_size": 1 if batch_size is None else batch_size}
         _text(model, revision, text or "pydoc", max_tokens, windows, how, json_output)
 
 
-def _known_data(model: str, task: str | None, data: str | None) -> DataSettings | None:
-    """The data that a task is measured on, as far as the options and the run, if it is one, say."""
+def _known(model: str, task: str | None, data: str | None) -> tuple[DataSettings, tuple[str, ...]] | None:
+    """The data that a task is measured on and its metrics, as far as the options and the run, if it is one, say."""
+    from loftq.data import tasks
     from loftq.data.prepare import DataSettings
     from loftq.finetune.load import is_run
     from loftq.finetune.record import TrainingRecord
 
     if not is_run(model):
-        return None if task is None or data is None else DataSettings(task, data)
-    known = TrainingRecord.load(model).data_settings(model)
-    return known if data is None else known.replace(data=data)
+        return None if task is None or data is None else (DataSettings(task, data), tasks.task(task).metrics)
+    record = TrainingRecord.load(model)
+    known = record.data_settings(model)
+    return known if data is None else known.replace(data=data), record.train_settings.metric_names
 
 
 def _task(

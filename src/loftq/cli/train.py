@@ -109,7 +109,7 @@ def train(
     counts.refuse_split(context, "split", source)
     held = None
     if eval_data is not None or eval_split is not None:
-        held = source.replace(data=eval_data or data, split=eval_split or "validation", limit=eval_limit, packing=None)
+        held = source.replace(data=eval_data or data, split=eval_split or "validation", limit=eval_limit).to_measure()
         counts.refuse_split(context, "eval_split", held)
     settings = TrainSettings(
         data=source,
@@ -143,6 +143,8 @@ def train(
         seed=seed,
     )
     quiet_transformers()
+    if held is not None:
+        counts.refuse_unmeasured(context, task, settings.metric_names)
     from loftq.finetune import processes, run
 
     record = run.train(

@@ -137,6 +137,11 @@ class DataSettings:
     def replace(self, **changes: Any) -> DataSettings:
         return dataclasses.replace(self, **changes)
 
+    def to_measure(self) -> DataSettings:
+        """The same data as they are measured on: packed only where they are running text, and packing is not off."""
+        apart = self.task == "causal" and self.packing is False and not self.is_stored
+        return self.replace(packing=False if apart else None)
+
     def length(self, config: Any | None) -> int:
         """Tokens of an input for a model of this config.
 

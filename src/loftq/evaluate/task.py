@@ -57,6 +57,29 @@ def check_metrics(name: str, metrics: Sequence[str]) -> tuple[str, ...]:
     return tuple(one_of("metric", m, metrics_of(name)) for m in metrics)
 
 
+def writes_texts(name: str, metrics: Sequence[str]) -> bool:
+    """Whether some of the metrics of a task are of texts that the model writes."""
+    return name == "summarization" or bool(set(metrics) & set(GENERATED))
+
+
+def makes_predictions(name: str, metrics: Sequence[str]) -> bool:
+    """Whether some of them are of predictions for a row, rather than of a text's likelihood."""
+    return not task(name).is_causal or writes_texts(name, metrics)
+
+
+def check_classes(metrics: Sequence[str], labels: Sequence[str] | None) -> None:
+    """A :class:`ConfigError` for a metric of two classes where there are more, whatever a model predicts.
+
+    Args:
+        labels: the classes; ``None`` for another task, or where they are not known yet.
+    """
+    if "f1" in metrics and labels is not None and len(labels) > 2:
+        raise ConfigError(
+            f"the metric f1 is that of the second of two classes, but there are {len(labels)} ({', '.join(labels[:5])}"
+            f"{', …' if len(labels) > 5 else ''}); use f1_macro"
+        )
+
+
 @dataclass(frozen=True)
 class Measurement:
     """``metrics``: name -> value, with standard errors ``…_se`` where they are known; accuracy and the like in percent.

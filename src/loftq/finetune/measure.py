@@ -11,7 +11,7 @@ from loftq.data.prepare import DataSettings, prepare, tokenizer_for
 from loftq.data.tasks import task
 from loftq.errors import ConfigError, SourceError
 from loftq.evaluate.models import check_exists, load_config
-from loftq.evaluate.task import Measurement, check_metrics, measure
+from loftq.evaluate.task import Measurement, check_classes, check_metrics, measure
 from loftq.finetune.load import is_run, load_for_task, load_run, refuse_start_of_no_run
 from loftq.finetune.record import TrainingRecord
 from loftq.finetune.settings import DTYPES
@@ -64,6 +64,7 @@ def evaluate_task(
         settings = _settings_of(model, record, changes)
         # before the model is loaded, so that a mistake costs no time
         chosen = check_metrics(settings.task, record.train_settings.metric_names if metrics is None else metrics)
+        check_classes(chosen, record.labels)
         loaded, record = load_run(model, dtype=dtype, init_from=init_from)
         labels = record.labels
         trained = record.train_settings
@@ -73,12 +74,14 @@ def evaluate_task(
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
-        settings = DataSettings(**{"split": "validation", **changes, "packing": None})
+        settings = DataSettings(**{"split": "validation", **changes}).to_measure()
         chosen = check_metrics(settings.task, task(settings.task).metrics if metrics is None else metrics)
         labels = list(settings.labels) or _labels_of(model, revision) if settings.task == "classification" else None
+        check_classes(chosen, labels)
         loaded = load_for_task(model, settings.task, labels, dtype or "auto", revision)
     tokenizer = tokenizer_for(model, settings, revision=revision)
     examples, labels = prepare(settings, tokenizer, loaded.config, labels=labels)
+    check_classes(chosen, labels)  # of a model that does not name them
     with bar(len(examples), "measuring", "examples", show=progress) as advance:
         result = measure(
             loaded,
@@ -106,7 +109,7 @@ def _settings_of(run: str, record: TrainingRecord, changes: Mapping[str, Any]) -
     if record.train_settings.eval_data is None and "data" not in changes:
         raise ConfigError("the run had nothing to measure on; say what with --data")
     changes = {"limit": None, **changes} if "data" in changes else dict(changes)
-    return known.replace(**changes, packing=None)
+    return known.replace(**changes).to_measure()
 
 
 def _labels_of(model: str, revision: str | None) -> list[str] | None:

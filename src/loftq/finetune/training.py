@@ -22,7 +22,7 @@ from loftq.errors import SourceError
 from loftq.evaluate.models import check_causal, load_config
 from loftq.evaluate.predictions import write_predictions
 from loftq.evaluate.rouge import ROUGE, conditions
-from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_metrics, measure
+from loftq.evaluate.task import SMALLER_IS_BETTER, Measurement, check_classes, check_metrics, measure
 from loftq.finetune import processes
 from loftq.finetune.adapter import trainable_counts
 from loftq.finetune.checkpoints import resume_point, step_of
@@ -74,8 +74,8 @@ class Training:
         examples, labels = prepare(settings.data, self.tokenizer, config)
         held: Examples | None = None
         if settings.eval_data is not None:
-            unpacked = settings.eval_data.replace(packing=False if settings.eval_data.task != "causal" else None)
-            held, _ = prepare(unpacked, self.tokenizer, config, labels=labels)
+            held, _ = prepare(settings.eval_data.to_measure(), self.tokenizer, config, labels=labels)
+            check_classes(self.metrics, labels)
         notes = [*examples.notes(), *(held.notes() if held else [])]
         if settings.eval_data is not None and settings.eval_data.is_of_rows_of(settings.data):
             notes.append(
