@@ -424,7 +424,7 @@ def test_example_finetunes(tmp_path, monkeypatch, capsys):
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "errors"},
     "codec": {"codec", "config", "errors", "kernels"},
     "solver": {"solver", "codec", "kernels", "config", "errors"},
     "modules": {"modules", "codec", "kernels", "config", "errors"},
