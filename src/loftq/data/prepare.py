@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
+from loftq.data.chat import chat_examples
 from loftq.data.examples import Examples
 from loftq.data.formats import LeftOut
 from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
 from loftq.data.language import (
     PROMPT,
     causal_examples,
-    chat_examples,
     checked_template,
     completion_examples,
     joined_examples,
