@@ -117,6 +117,7 @@ def read_parquet(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Foun
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _check_header(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     yield values, f"{path}, row {number}"

@@ -123,6 +123,14 @@ class DataSettings:
         here, there = (os.path.realpath(os.path.expanduser(s.data)) for s in (self, other))
         return here == there and (self.is_file or self.split == other.split)
 
+    def notice_of_training_on(self, trained: DataSettings) -> list[str]:
+        """A sentence where a model is measured on these rows after training on them."""
+        if not self.is_of_rows_of(trained):
+            return []
+        return [
+            f"{self.data} is both trained and measured on, so the metrics do not say how the model does on new rows"
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "labels": list(self.labels)}
 
