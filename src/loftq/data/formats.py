@@ -122,6 +122,8 @@ def read_parquet(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Foun
                 for values in batch.to_pylist():
                     yield values, f"{path}, row {number}"
                     number += 1
+    except SourceError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise SourceError(f"{path} is no readable Parquet file ({first_line(error)}); write it again") from None
 
