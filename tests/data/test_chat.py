@@ -6,6 +6,7 @@ import pytest
 
 from letters import CHATML, learned, letters
 from loftq.data.chat import chat_examples, turn_ends
+from loftq.data.examples import IGNORED
 from loftq.data.rows import Row
 from loftq.errors import ConfigError, SourceError
 
@@ -61,6 +62,20 @@ def test_turns_that_the_template_rewrites_later_are_examples_of_their_own():
             messages[n - 1]["content"],
         )
     assert (found.rows, found.notes()) == (2, [])
+
+
+def test_the_reference_is_the_answer_as_the_template_writes_it():
+    """An empty thought before it, as Qwen3's template has, and no end of turn, be it a special token or an added one."""
+    tokenizer = letters()
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '<t></t>' if m.role == 'assistant' }}{{ m.content }}<|end|></s>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    found = chat_examples(rows({"messages": [turn("user", "Hi"), turn("assistant", "Yo")]}), tokenizer, 500)
+    kept = found[0].labels[found[0].labels != IGNORED]
+    assert tokenizer.decode(kept) == "<t></t>Yo<|end|></s>"
+    assert found[0].about["reference"] == "<t></t>Yo"
 
 
 def test_of_a_conversation_in_several_examples_the_rows_are_counted_once():

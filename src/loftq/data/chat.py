@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 from loftq.data.examples import Examples
@@ -28,12 +29,18 @@ def chat_examples(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Examp
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("the model's tokenizer has no chat template; use the task completion, or an instruct model")
     found = Examples("chat", max_length)
+    ends = {tokenizer.eos_token_id, *turn_ends(tokenizer)}
     for row in rows:
         messages = _messages(row)
         texts = []
         for text, spans in _render(tokenizer, messages, row.where, found):
             ids, parts = encode_spans(tokenizer, text, list(spans.values()), special=False)
-            about = [{"prompt": messages[:i], "reference": messages[i]["content"]} for i in spans]
+            # the answer as it is learned: a template may put an empty thought before it, or leave spaces out
+            said = [[t for t, part in zip(ids, parts, strict=True) if part == n] for n in range(len(spans))]
+            answers = [
+                tokenizer.decode(list(takewhile(lambda t: t not in ends, s)), skip_special_tokens=True) for s in said
+            ]
+            about = [{"prompt": messages[:i], "reference": a} for i, a in zip(spans, answers, strict=True)]
             texts.append((ids, parts, about))
         add_learned(found, row.where, texts)
     return found
