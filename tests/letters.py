@@ -5,6 +5,8 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from loftq.data.examples import IGNORED, Example
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -39,3 +41,10 @@ def letters(*, chat: bool = True, pair: bool = False) -> PreTrainedTokenizerFast
     if chat:
         fast.chat_template = CHATML
     return fast
+
+
+def learned(example: Example) -> str:
+    """The text a model learns to write."""
+    kept = [int(i) for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    assert kept == [int(label) for label in example.labels if label != IGNORED]
+    return letters().decode(kept)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.calibrate.choose import collect_statistics
+from loftq.checkpoint.writer import disk_errors
 from loftq.command import run_loftq
 from loftq.compare import merged
 from loftq.config import LoftQConfig
@@ -120,9 +121,10 @@ def run(
     Raises:
         SourceError, OutputError: one sentence each.
     """
-    if work_dir.exists() and any(work_dir.iterdir()) and not (work_dir / RESULTS).exists():
-        raise OutputError(f"{work_dir} holds something else than an earlier quickstart; choose another with --out")
-    work_dir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
+        if any(work_dir.iterdir()) and not (work_dir / RESULTS).exists():
+            raise OutputError(f"{work_dir} holds something else than an earlier quickstart; choose another with --out")
     source = model or str(_default_model())
     tokenizer = load_tokenizer(source)
     text = builtin_text()

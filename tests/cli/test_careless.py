@@ -119,8 +119,8 @@ def test_target_modules_that_are_no_expression(llama, said):
 
 
 FOLDERS = {
-    "a file": ("taken", "cannot write to taken: File exists (taken)"),
-    "below a file": ("taken/run", "cannot write to taken/run: Not a directory"),
+    "a file": ("taken", "taken is a file, expected a folder; choose another name"),
+    "below a file": ("taken/run", "taken is a file, expected a folder; choose another name"),
     "too long": ("r" * 300, "File name too long"),
     "the current one": (".", ". holds something else, expected a folder that is absent, empty or a run to continue"),
     "the adapter of a quantized folder": ("q/loftq_init", "q/loftq_init holds something else"),
@@ -174,7 +174,7 @@ def test_an_interrupt_is_one_sentence_and_the_run_continues(llama, said, monkeyp
 
 
 PREDICTIONS = {
-    "below a file": ("taken/answers.jsonl", "cannot write to taken/answers.jsonl: "),
+    "below a file": ("taken/answers.jsonl", "taken is a file, expected a folder; choose another name"),
     "a folder": ("folder", "folder is a folder, expected a file for the predictions"),
 }
 

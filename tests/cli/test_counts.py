@@ -144,6 +144,21 @@ def test_trained_and_measured_on_the_same_rows(llama, said):
     assert {"accelerate", "tokenizers"} <= set(record["versions"])
 
 
+def test_a_run_without_evaluation_data_is_measured_on_the_validation_split(llama, said):
+    for split, rows in (("train", ROWS), ("validation", ROWS.splitlines()[1])):
+        Path("d", f"{split}.jsonl").parent.mkdir(exist_ok=True)
+        Path("d", f"{split}.jsonl").write_text(rows)
+    folder = ["--task", "completion", "--data", "d"]
+    assert said("train", "run", "--init-from", llama, *folder, "--max-steps", 1)[0] == 0
+    options = ["--metrics", "exact_match", "--max-new-tokens", 1, "--json", "--predictions", "p.jsonl"]
+    for split, where in (((), "d/validation.jsonl, line 1"), (("--split", "train"), "d/train.jsonl, line 1")):
+        code, out, text = said("evaluate", "run", "--data", "d", *split, *options)
+        assert code == 0, text
+        assert json.loads(out)["data"]["split"] == (split or ("", "validation"))[1]
+        assert json.loads(Path("p.jsonl").read_text().splitlines()[0])["id"] == where
+        assert ("d is both trained and measured on" in text) == bool(split)
+
+
 def test_labels_of_a_run(llama, said):
     code, _, text = said("train", "run", "--init-from", llama, *CLASSES, "--max-steps", 1)
     assert code == 0, text

@@ -43,6 +43,9 @@ def test_parquet(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table([[0], [1]], names=["text", "text"]), path)
+    with pytest.raises(SourceError, match=r"^\S+a.parquet has the column 'text' twice, expected different names"):
+        rows(path)
     parquet.write_table(arrow.table({"text": ["a", "b"], "label": [0, 1]}), path)
     assert rows(path) == [({"text": "a", "label": 0}, ", row 0"), ({"text": "b", "label": 1}, ", row 1")]
 

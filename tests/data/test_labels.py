@@ -19,6 +19,8 @@ def rows(*labels, text="ab", **more) -> list[Row]:
         (["10", "9", "9"], ["9", "10"]),
         (["b", "a"], ["a", "b"]),
         ([1.0, "0"], ["0", "1"]),
+        ([1, -1], ["-1", "1"]),
+        ([0, "-1", 1], ["-1", "0", "1"]),
     ],
 )
 def test_classes_in_their_order(labels, names):
@@ -31,7 +33,8 @@ def test_classes_in_their_order(labels, names):
         (["a", "a"], "have the label 'a', expected at least two classes"),
         ([0, "a"], "the label 'a' (f, line 2) is a name, but '0' (f, line 1) a number"),
         ([0, 0.5], "f, line 2 has the label 0.5, expected a class; for values use the task regression"),
-        ([0, -1], "f, line 2 has the label -1, which stands for a hidden one"),
+        ([-1, -1], "f, line 1 has the label -1, which stands for a hidden one"),
+        ([0, -1, 1, 2], "f, line 2 has the label -1, which stands for a hidden one"),  # SNLI
     ],
 )
 def test_labels_that_are_no_classes(labels, words):
@@ -59,12 +62,19 @@ def test_a_class_that_training_did_not_have():
         classification_examples(rows("a", "c"), letters(), 4, ["a", "b"])
 
 
+def test_a_hidden_label_is_no_class():
+    assert [e.labels for e in classification_examples(rows(-1, 1), letters(), 9, ["-1", "1"])] == [0, 1]
+    for names in (["0", "1"], ["no", "yes"]):
+        with pytest.raises(SourceError, match="f, line 1 has the label -1, which stands for a hidden one"):
+            classification_examples(rows(-1), letters(), 9, names)
+
+
 def test_values():
     found = regression_examples(rows("2.5", 3), letters(), 8)
     assert [e.labels for e in found] == [2.5, 3.0]
 
 
-@pytest.mark.parametrize("label", ["much", "nan", float("inf"), 10**400])
+@pytest.mark.parametrize("label", ["much", "True", "nan", float("inf"), 10**400])
 def test_what_is_no_value(label):
     with pytest.raises(SourceError, match=r"f, line 1 has the label .* expected a number"):
         regression_examples(rows(label), letters(), 8)

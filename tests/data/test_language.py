@@ -8,12 +8,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from letters import letters
+from letters import learned, letters
+from loftq.data.chat import chat_examples
 from loftq.data.collate import Collator
 from loftq.data.examples import IGNORED, Example
-from loftq.data.language import causal_examples, chat_examples, completion_examples, joined_examples, pack
+from loftq.data.language import causal_examples, completion_examples, joined_examples, pack
 from loftq.data.rows import Row
-from loftq.errors import ConfigError, SourceError
+from loftq.errors import SourceError
 from tiny import tiny_model
 
 S, E = 1, 2  # <s>, </s>
@@ -25,13 +26,6 @@ def rows(*values: dict) -> list[Row]:
 
 def ids(text: str) -> list[int]:
     return letters()(text, add_special_tokens=False).input_ids
-
-
-def learned(example: Example) -> str:
-    """The text a model learns to write."""
-    kept = [int(i) for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
-    assert kept == [int(label) for label in example.labels if label != IGNORED]
-    return letters().decode(kept)
 
 
 def test_running_text_is_cut_into_windows_with_texts_apart():
@@ -117,54 +111,6 @@ def test_nothing_left():
         found.checked("data")
 
 
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def test_all_turns_of_the_assistant_are_learned_and_nothing_else():
-    messages = [
-        turn("system", "Be."),
-        turn("user", "Hi"),
-        turn("assistant", "Yo"),
-        turn("user", "?"),
-        turn("assistant", "!"),
-    ]
-    found = chat_examples(rows({"messages": messages}), letters(), 500)
-    assert learned(found[0]) == "Yo<|im_end|>!<|im_end|>"
-    text = letters().decode(found[0].input_ids)
-    assert text == letters().apply_chat_template(messages, tokenize=False)
-    assert (found[0].about["prompt"], found[0].about["reference"]) == (messages[:-1], "!")
-
-
-def test_prompt_and_completion_as_a_conversation():
-    found = chat_examples(rows({"prompt": "Hi", "completion": "Yo"}), letters(), 500)
-    assert learned(found[0]) == "Yo<|im_end|>"
-
-
-def test_a_template_that_drops_earlier_thoughts_still_gives_the_last_turn():
-    tokenizer = letters()
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else m.content[-1] }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    messages = [turn("user", "Hi"), turn("assistant", "long"), turn("user", "?"), turn("assistant", "last")]
-    found = chat_examples(rows({"messages": messages}), tokenizer, 500)
-    assert learned(found[0]) == "last"
-
-
-def test_templates_that_cannot_be_used():
-    messages = [turn("user", "Hi"), turn("assistant", "Yo")]
-    with pytest.raises(ConfigError, match="has no chat template"):
-        chat_examples(rows({"messages": messages}), letters(chat=False), 50)
-    tokenizer = letters()
-    tokenizer.chat_template = "{{ raise_exception('alternate!') }}"
-    with pytest.raises(SourceError, match=r"f, line 1 has messages that the chat template refuses \(alternate!\)"):
-        chat_examples(rows({"messages": messages}), tokenizer, 50)
-    tokenizer.chat_template = "{% for m in messages|reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(SourceError, match="cannot be told from the prompt"):
-        chat_examples(rows({"messages": messages}), tokenizer, 50)
-
-
 def test_packed_examples_give_the_loss_of_separate_ones():
     """On a model with random weights, to float32 rounding: attention, positions and labels all have to be right."""
     model = tiny_model("llama")
@@ -193,23 +139,6 @@ def test_packed_examples_give_the_loss_of_separate_ones():
     together = summed(list(packed), collate)  # windows of 32, 32 and 3 tokens, the last with padding
     print(apart, together)
     assert together == pytest.approx(apart, rel=1e-5)
-
-
-def test_a_cut_conversation_is_measured_on_the_last_answer_that_is_left():
-    messages = [turn("user", "a"), turn("assistant", "one"), turn("user", "b" * 60), turn("assistant", "two")]
-    found = chat_examples(rows({"messages": messages}), letters(), 60)
-    assert learned(found[0]) == "one<|im_end|>"
-    assert (found[0].about["prompt"], found[0].about["reference"]) == (messages[:1], "one")
-    before = letters().decode(found[0].input_ids[: found[0].about["prompt_tokens"]])
-    assert before == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_greeting_of_the_assistant_is_context():
-    messages = [turn("assistant", "Hello"), turn("user", "a"), turn("assistant", "b")]
-    found = chat_examples(rows({"messages": messages}), letters(), 99)
-    assert learned(found[0]) == "b<|im_end|>"
-    with pytest.raises(SourceError, match="cannot be told from the prompt"):
-        chat_examples(rows({"messages": messages[:1]}), letters(), 99)
 
 
 def test_rows_without_anything_to_predict_are_left_out():
@@ -254,7 +183,10 @@ def test_a_tokenizer_that_marks_words_and_ends_texts_itself(prepend, ends):
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     )
-    messages = [turn("user", "is"), turn("assistant", "ab"), turn("user", "si"), turn("assistant", "ba")]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (("user", "is"), ("assistant", "ab"), ("user", "si"), ("assistant", "ba"))
+    ]
     chat = chat_examples(rows({"messages": messages}), tokenizer, 99)
     assert chat[0].input_ids.tolist().count(1) == 1  # the template begins the text, the tokenizer not once more
     assert tokenizer.convert_ids_to_tokens([i for i in chat[0].labels.tolist() if i != IGNORED]) == [

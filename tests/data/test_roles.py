@@ -87,6 +87,67 @@ def test_an_input_follows_its_instruction():
     ]
 
 
+FULL = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+BARE = {"instruction": "Say hi.", "output": "Hi."}
+
+
+def applied(name: str, *rows: dict, mapping: dict | None = None) -> list[dict]:
+    found = [Row(row, f"f, line {i}") for i, row in enumerate(rows, 1)]
+    return [row.values for row in Roles.find(task(name), found[0], mapping or {}).apply(found)]
+
+
+@pytest.mark.parametrize("name", ["completion", "chat"])
+@pytest.mark.parametrize("bare", [BARE, {**BARE, "input": None}])
+def test_rows_of_alpaca_have_an_input_or_lack_it(name, bare):
+    full, short = {"prompt": "Add.\n\n1 + 1", "completion": "2"}, {"prompt": "Say hi.", "completion": "Hi."}
+    assert applied(name, FULL, bare) == [full, short]
+    assert applied(name, bare, FULL, bare) == [short, full, short]
+
+
+def test_a_mapped_input_is_in_some_row():
+    bare, full = {"prompt": "a", "completion": "b"}, {"prompt": "c", "context": "d", "completion": "e"}
+    expected = [{"prompt": "a", "completion": "b"}, {"prompt": "c\n\nd", "completion": "e"}]
+    assert applied("completion", bare, full, mapping={"context": "input"}) == expected
+    with pytest.raises(SourceError, match="no row from f, line 1 on has the column 'contxt', which is mapped to input"):
+        applied("completion", bare, full, mapping={"contxt": "input"})
+
+
+def test_questions_with_and_without_an_id():
+    row = {"context": "a", "question": "b", "answers": {"text": ["a"], "answer_start": [0]}}
+    assert ["id" in values for values in applied("qa", row, {**row, "id": 7})] == [False, True]
+
+
+PAIR = {"sentence1": "a", "sentence2": "b", "label": 0}
+ONE = {"sentence1": "a", "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        (
+            "classification",
+            [ONE, PAIR],
+            "line 2 has the column 'sentence2' for text_pair, but f, line 1 has none; give all",
+        ),
+        ("classification", [PAIR, ONE], "f, line 2 has no column 'sentence2', it has sentence1, label"),
+        (
+            "completion",
+            [{"input": "a", "output": "b"}, FULL],
+            "f, line 2 has the column 'instruction' for prompt, but f, line 1 has the column 'input'; give all rows the",
+        ),
+    ],
+)
+def test_a_column_that_would_be_left_out_is_said(name, rows, words):
+    with pytest.raises(SourceError) as raised:
+        applied(name, *rows)
+    assert words in str(raised.value), raised.value
+
+
+def test_true_and_false_are_names_of_classes_as_in_a_table():
+    rows = [{"text": "a", "label": label} for label in (True, "True", False)]
+    assert [values["label"] for values in applied("classification", *rows)] == ["True", "True", "False"]
+
+
 @pytest.mark.parametrize(
     ("row", "mapping", "error", "words"),
     [
@@ -115,7 +176,6 @@ def test_wrong_maps(row, mapping, error, words):
         ("qa", {"context": "a", "question": "b", "answers": {"text": [" "], "answer_start": [0]}}, "as in SQuAD v1.1"),
         ("causal", {"body": "a"}, "f, line 2 has no column 'text', it has body"),
         ("classification", {"text": "a", "label": None}, "f, line 2: label is None, expected a label"),
-        ("classification", {"text": "a", "label": True}, "label is True"),
         ("chat", {"messages": "hello"}, "expected a list of messages"),
         ("chat", {"messages": [{"role": "user"}]}, "expected a role and a content"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),

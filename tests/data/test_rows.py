@@ -29,6 +29,25 @@ def test_a_longer_name_will_do_where_it_is_the_only_one(tmp_path):
         texts(tmp_path, split="validation")
 
 
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("train", ("train.csv", "train.jsonl")),
+        ("validation", ("dev.jsonl", "validation.jsonl")),
+        ("train", ("train-00000-of-00001.jsonl", "train.jsonl")),
+    ],
+)
+def test_of_two_files_for_a_split_none_is_chosen(tmp_path, split, names):
+    for name in names:
+        (tmp_path / name).write_text('{"text": "a"}')
+    with pytest.raises(SourceError) as raised:
+        texts(tmp_path, split=split)
+    words = f"{tmp_path} has {names[0]} and {names[1]} for the split {split!r}, expected one; name the file itself"
+    assert str(raised.value) == words
+    (tmp_path / names[0]).unlink()
+    assert texts(tmp_path, split=split) == ["a"]
+
+
 def test_limit(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n' * 3 + "broken")

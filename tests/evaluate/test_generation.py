@@ -214,6 +214,25 @@ def test_nothing_is_changed(caplog):
     assert not caplog.records, [r.message for r in caplog.records]
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_text_ends_with_what_training_taught(chat):
+    """The tokenizer's end of text or the template's end of turn, where the model's generation_config knows of neither."""
+    model, tokenizer, options = bytes_model("llama"), byte_tokenizer(), {"max_new_tokens": 9, "batch_size": 2}
+    (written,) = generate_ids(model, [[40, 50, 60]], max_new_tokens=9, batch_size=1)
+    end = next(token for token in written if written.index(token) > 1)
+    mark = tokenizer.convert_ids_to_tokens(end)
+    if chat:
+        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + mark + "\n{% endfor %}"
+    else:
+        tokenizer.eos_token = mark
+    assert model.generation_config.eos_token_id != end
+    expected = tokenizer.decode(written[: written.index(end)], skip_special_tokens=True)
+    assert generate_texts(model, tokenizer, [[40, 50, 60]], chat=chat, **options) == [expected]
+    if chat:
+        assert generate_texts(model, tokenizer, [[40, 50, 60]], **options) != [expected]
+
+
 def test_a_model_keeps_its_own_settings():
     """A summarizer's shortest length: 7 tokens besides the start token, where it would end at once."""
     model = tiny_model("bart")

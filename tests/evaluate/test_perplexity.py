@@ -106,6 +106,12 @@ def test_builtin_text_is_prose_of_some_length():
     assert "::=" not in text
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9")
+    assert read_text(str(path)) == "café"
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "is no file"), (b"  \n", "is empty"), (b"caf\xe9", "not UTF-8 at byte 3")]
 )

@@ -8,8 +8,9 @@ import torch
 from transformers import BatchEncoding, GPT2Config, GPT2ForSequenceClassification
 
 from letters import letters
+from loftq.data.chat import chat_examples
 from loftq.data.labels import classification_examples
-from loftq.data.language import chat_examples, completion_examples
+from loftq.data.language import completion_examples
 from loftq.data.questions import question_examples
 from loftq.data.rows import Row
 from loftq.errors import SourceError

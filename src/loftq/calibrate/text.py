@@ -179,7 +179,7 @@ def _rows(path: Path, tokenizer: Any, samples: int, length: int) -> CalibrationT
         raise SourceError(f"{path} does not exist, expected a file with one JSON object a line")
     windows: list[Tensor] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from None
     except OSError as error:

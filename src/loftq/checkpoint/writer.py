@@ -86,6 +86,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk of {path} is full ({error.strerror}); free some space and run the same command again, it "
                 f"continues where it stopped"
             ) from None
+        file = next((p for p in (path, *path.parents) if os.path.isfile(p)), None)
+        if file is not None and error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(f"{file} is a file, expected a folder; choose another name") from None
         where = f" ({error.filename})" if error.filename else ""
         raise OutputError(
             f"cannot write to {path}: {error.strerror or error}{where}; choose another folder or make this one writable"

@@ -47,6 +47,7 @@ def generate(
         batch_size=1,
         temperature=temperature,
         seed=seed,
+        chat=chat,
     )
     if json_output:
         print_json({"model": model, "prompt": prompt, "continuation": text})

@@ -45,6 +45,7 @@ class Examples:
         rows: how many were read. cut, first_cut: rows longer than ``max_length``, and where the first is.
         dropped, first_dropped: rows that had nothing left to predict once they were cut.
         empty, first_empty: rows without a text.
+        untold, first_untold: turns of an assistant that the chat template does not tell from their prompts.
         incomplete: places of lines that lack fields, where a known file has such.
     """
 
@@ -58,6 +59,8 @@ class Examples:
     first_dropped: str = ""
     empty: int = 0
     first_empty: str = ""
+    untold: int = 0
+    first_untold: str = ""
     incomplete: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -90,6 +93,11 @@ class Examples:
         self.first_empty = self.first_empty or where
         self.empty += 1
         self.rows += 1
+
+    def was_untold(self, where: str) -> None:
+        """Note that a turn of the assistant is not learned."""
+        self.first_untold = self.first_untold or where
+        self.untold += 1
 
     def checked(self, name: str) -> Examples:
         """These examples, if there are any.
@@ -128,6 +136,11 @@ class Examples:
             found.append(
                 f"{self.dropped:,} of {self.rows:,} rows have nothing to predict within {self.max_length} tokens and were "
                 f"left out, first {self.first_dropped}"
+            )
+        if self.untold:
+            found.append(
+                f"{self.untold:,} turns of the assistant cannot be told from their prompts in the chat template and are not "
+                f"learned, first {self.first_untold}"
             )
         return found
 

@@ -117,10 +117,13 @@ def read_parquet(path: Path, numbered: bool, left_out: LeftOut) -> Iterator[Foun
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _check_header(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     yield values, f"{path}, row {number}"
                     number += 1
+    except SourceError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise SourceError(f"{path} is no readable Parquet file ({first_line(error)}); write it again") from None
 

@@ -16,7 +16,8 @@ def label_names(rows: Iterable[Row]) -> list[str]:
     """The classes of a training split in the order of their numbers: numbers by size, names by alphabet.
 
     Raises:
-        SourceError: numbers and names together, or a single class.
+        SourceError: numbers and names together, a single class, or GLUE's -1 for labels that are kept secret: on all rows,
+            or beside classes that are numbered from 0 and more than two.
     """
     first: dict[str, str] = {}
     kinds: dict[bool, tuple[str, str]] = {}
@@ -32,6 +33,9 @@ def label_names(rows: Iterable[Row]) -> list[str]:
             f"the label {name!r} ({place}) is a name, but {other!r} ({other_place}) a number; expected one kind, correct the "
             f"label column"
         )
+    counted = first.keys() - {HIDDEN}
+    if HIDDEN in first and (not counted or (len(counted) > 2 and counted == set(map(str, range(len(counted)))))):
+        raise _hidden(first[HIDDEN])
     if len(first) < 2:
         raise SourceError(
             f"all rows from {where} on have the label {next(iter(first), '')!r}, expected at least two classes; is it the "
@@ -46,16 +50,24 @@ def class_name(value: Any, where: str) -> str:
     The text ``1.0``, of a CSV file, is a name as it stands, for so may the version of a program be.
 
     Raises:
-        SourceError: a number that is no integer, or GLUE's -1 for labels that are kept secret.
+        SourceError: a number that is no integer.
     """
     if isinstance(value, float):
         if not value.is_integer():
             raise SourceError(f"{where} has the label {value}, expected a class; for values use the task regression")
         value = int(value)
-    name = str(value).strip()
-    if name == "-1":
-        raise SourceError(f"{where} has the label -1, which stands for a hidden one; use a split with labels")
-    return name
+    return str(value).strip()
+
+
+HIDDEN = "-1"
+"""What stands for no label in GLUE's test splits and on SNLI's rows that nobody agreed on, where it is no class."""
+
+
+def _hidden(where: str) -> SourceError:
+    return SourceError(
+        f"{where} has the label -1, which stands for a hidden one; use a split with labels or remove the row, or name the "
+        f"classes with --labels"
+    )
 
 
 def _is_integer(name: str) -> bool:
@@ -100,6 +112,8 @@ def class_numbers(rows: Iterable[Row], names: Sequence[str], where_names: str) -
         numbers |= {letter: numbers[name] for letter, name in _ANLI.items()}
     for row in rows:
         name = class_name(row.values["label"], row.where)
+        if name == HIDDEN and name not in numbers:
+            raise _hidden(row.where)
         if name not in numbers:
             raise SourceError(
                 f"{row.where} has the label {name!r}, expected one of {where_names}: {', '.join(names[:20])}; correct or "

@@ -1,6 +1,6 @@
-"""Examples for language models: running text in windows, prompts with completions, and conversations.
+"""Examples for language models: running text in windows, and prompts with completions; conversations are :mod:`.chat`'s.
 
-The loss mask of the latter two lets a model learn answers only. Where an answer begins is decided on characters: a token
+The loss mask of the latter lets a model learn answers only. Where an answer begins is decided on characters: a token
 belongs to the answer if any of its characters does, so that a text is tokenized as a whole, as the model has seen text,
 and not in pieces.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from loftq.data.examples import IGNORED, Example, Examples, as_ids
 from loftq.data.rows import Row
-from loftq.errors import ConfigError, SourceError, first_line
+from loftq.errors import ConfigError
 
 Spans = Sequence[tuple[int, int]]
 
@@ -116,63 +116,8 @@ def completion_examples(rows: Iterable[Row], tokenizer: Any, max_length: int, *,
             ids, parts = [*ids, tokenizer.eos_token_id], [*parts, 0]
         elif ids:
             parts[-1] = 0
-        _add(found, row, ids, parts, [{"prompt": prompt, "reference": completion}])
+        add_learned(found, row.where, [(ids, parts, [{"prompt": prompt, "reference": completion}])])
     return found
-
-
-def chat_examples(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Examples:
-    """Conversations in the model's chat template; what the assistant says, up to the end of its turn, is predicted.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template. SourceError: the template refuses a conversation.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("the model's tokenizer has no chat template; use the task completion, or an instruct model")
-    found = Examples("chat", max_length)
-    for row in rows:
-        messages = _messages(row)
-        text, spans = _render(tokenizer, messages, row.where)
-        ids, parts = encode_spans(tokenizer, text, list(spans.values()), special=False)
-        _add(found, row, ids, parts, [{"prompt": messages[:i], "reference": messages[i]["content"]} for i in spans])
-    return found
-
-
-def _messages(row: Row) -> list[dict[str, str]]:
-    if "messages" in row.values:
-        return row.values["messages"]
-    return [
-        {"role": "user", "content": row.values["prompt"]},
-        {"role": "assistant", "content": row.values["completion"]},
-    ]
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], where: str) -> tuple[str, dict[int, tuple[int, int]]]:
-    """The conversation as text, and where in it the assistant speaks: message -> span.
-
-    A turn of the assistant is what rendering it adds to the rendering of all before it with the generation prompt. Some
-    templates leave out thoughts or repeat a system prompt: then a turn is no addition, and only the last one is known. What
-    the assistant says before anybody else answers nothing and is not learned.
-    """
-    try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = {}
-        for i, message in enumerate(messages):
-            if i == 0 or message["role"] != "assistant":
-                continue
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            if after.startswith(before) and whole.startswith(after.rstrip()):
-                spans[i] = len(before), len(after.rstrip())
-    except Exception as error:  # a template is a program of its own
-        raise SourceError(
-            f"{where} has messages that the chat template refuses ({first_line(error)}); repair or remove it"
-        ) from None
-    if not spans:
-        raise SourceError(
-            f"{where} is rendered by the chat template so that the assistant's turn cannot be told from the prompt; use "
-            f"the task completion"
-        )
-    return whole, spans
 
 
 def encode_spans(tokenizer: Any, text: str, spans: Spans, *, special: bool) -> tuple[list[int], list[int | None]]:
@@ -192,18 +137,31 @@ def encode_spans(tokenizer: Any, text: str, spans: Spans, *, special: bool) -> t
     return encoded.input_ids, parts
 
 
-def _add(found: Examples, row: Row, ids: list[int], parts: list[int | None], about: Sequence[dict[str, Any]]) -> None:
-    """Add an example that learns the tokens of all parts, with what is known about the last part that is not cut away."""
-    kept = parts[: found.max_length]
+Masked = tuple[list[int], list[int | None], Sequence[dict[str, Any]]]
+"""Token ids, the part of each that is learned, and what is known about each part."""
+
+
+def add_learned(found: Examples, where: str, texts: Sequence[Masked]) -> None:
+    """Add the examples of a row: each learns the tokens of its parts, and knows of the last that is not cut away."""
+    kept = [e for e in (_learned(*text, where, found.max_length) for text in texts) if e is not None]
+    if not kept:
+        found.was_dropped(where)
+        return
+    if any(len(ids) > found.max_length for ids, _, _ in texts):
+        found.was_cut(where)
+    found.add(kept)
+
+
+def _learned(
+    ids: list[int], parts: list[int | None], about: Sequence[dict[str, Any]], where: str, max_length: int
+) -> Example | None:
+    """``None`` where all parts are cut away."""
+    kept = parts[:max_length]
     seen = [part for part in kept[1:] if part is not None]
     if not seen:
-        found.was_dropped(row.where)
-        return
-    if len(ids) > found.max_length:
-        found.was_cut(row.where)
+        return None
     labels = [i if part is not None else IGNORED for i, part in zip(ids, kept, strict=False)]
-    chosen = {**about[seen[-1]], "prompt_tokens": parts.index(seen[-1])}
-    found.add([_example(ids[: found.max_length], labels, row.where, chosen)])
+    return _example(ids[:max_length], labels, where, {**about[seen[-1]], "prompt_tokens": parts.index(seen[-1])})
 
 
 def _example(ids: Sequence[int], labels: Sequence[int], where: str, about: dict[str, Any] | None = None) -> Example:

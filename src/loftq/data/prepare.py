@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq.config import is_bool, one_of, positive_int, reject_unknown
+from loftq.data.chat import chat_examples
 from loftq.data.examples import Examples
 from loftq.data.formats import LeftOut
 from loftq.data.labels import class_numbers, classification_examples, label_names, regression_examples
 from loftq.data.language import (
     PROMPT,
     causal_examples,
-    chat_examples,
     checked_template,
     completion_examples,
     joined_examples,
@@ -122,6 +122,14 @@ class DataSettings:
         """Whether both read the same file, or the same split of a folder or a hub data set."""
         here, there = (os.path.realpath(os.path.expanduser(s.data)) for s in (self, other))
         return here == there and (self.is_file or self.split == other.split)
+
+    def notice_of_training_on(self, trained: DataSettings) -> list[str]:
+        """A sentence where a model is measured on these rows after training on them."""
+        if not self.is_of_rows_of(trained):
+            return []
+        return [
+            f"{self.data} is both trained and measured on, so the metrics do not say how the model does on new rows"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "labels": list(self.labels)}

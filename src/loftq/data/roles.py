@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loftq.data.rows import Row
 from loftq.data.tasks import Task
 from loftq.errors import ConfigError, SourceError
+
+# optional roles that some rows of a file have and others lack, in JSON also as null; half a pair is a mistake
+_MAY_LACK = ("input", "id")
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,21 @@ class Roles:
 
     Attributes:
         task: whose roles they are. columns: role -> column.
+        mapping: column -> role, as ``--map`` says. first: the row they were found in; ``None`` for no such row.
     """
 
     task: Task
     columns: Mapping[str, str]
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    first: Row | None = None
 
     @classmethod
     def find(cls, task: Task, first: Row, mapping: Mapping[str, str]) -> Roles:
         """From ``--map`` (column -> role) and, for what it leaves open, the usual names of columns.
 
         Raises:
-            ConfigError: a role that the task does not have, or is given twice. SourceError: the row lacks a column.
+            ConfigError: a role that the task does not have, or is given twice. SourceError: the row lacks a column, other
+                than one that rows may lack.
         """
         known = (*task.roles, *task.instead, *task.optional)
         chosen: dict[str, str] = {}
@@ -38,7 +45,7 @@ class Roles:
                 )
             if role in chosen:
                 raise ConfigError(f"{role} is mapped to both {chosen[role]!r} and {column!r}; give one column")
-            if column not in first.values:
+            if column not in first.values and role not in _MAY_LACK:
                 raise SourceError(f"{first.where} has no column {column!r}, it has {_columns(first)}; correct --map")
             chosen[role] = column
         pair = task.together
@@ -59,23 +66,47 @@ class Roles:
                 f"{first.where} has the columns {_columns(first)}, but none is known as {missing[0]} of the task "
                 f"{task.name}; say which with --map COLUMN={missing[0]}"
             )
-        return cls(task, chosen)
+        return cls(task, chosen, mapping, first)
+
+    def of(self, row: Row) -> Mapping[str, str]:
+        """The columns of another row of the same data, which may have an ``input`` or an ``id`` or lack it.
+
+        Raises:
+            SourceError: it lacks another column, or has one more that would play a role.
+        """
+        for role, column in self.columns.items():
+            if column not in row.values and role not in _MAY_LACK:
+                raise SourceError(f"{row.where} has no column {column!r}, it has {_columns(row)}; repair or remove it")
+        if self.first is None:
+            return self.columns
+        here = Roles.find(self.task, row, self.mapping).columns
+        for role in (*self.task.roles, *self.task.instead, *self.task.optional):
+            if role not in _MAY_LACK and here.get(role) != self.columns.get(role):
+                raise SourceError(
+                    f"{row.where} has {_named(here, role)} for {role}, but {self.first.where} has "
+                    f"{_named(self.columns, role)}; give all rows the same columns, or say with --map which to take"
+                )
+        return here
 
     def apply(self, rows: Iterable[Row]) -> Iterable[Row]:
         """Rows whose values go by role, checked; an input that is not empty follows its prompt after a blank line.
 
         Raises:
-            SourceError: a row lacks a column or holds something of another kind.
+            SourceError: a row lacks a column or holds something of another kind, or all lack one that ``--map`` names.
         """
         pair = "text_pair" in self.columns
         may_be_empty = ("text", "text_pair") if pair else self.task.may_be_empty
+        found: dict[frozenset[str], Mapping[str, str]] = {}
+        unseen = set(self.mapping)
         for row in rows:
+            names = frozenset(row.values)
+            if names not in found:
+                found[names] = self.of(row)
+                unseen -= names
             values: dict[str, Any] = {}
-            for role, column in self.columns.items():
-                if column not in row.values:
-                    raise SourceError(
-                        f"{row.where} has no column {column!r}, it has {_columns(row)}; repair or remove it"
-                    )
+            for role, column in found[names].items():
+                if role in _MAY_LACK and row.values.get(column) is None:
+                    continue
                 where = f"{row.where}: {column}"
                 values[role] = _CHECKS[role](row.values[column], where)
                 if _CHECKS[role] is _text and not values[role].strip() and role not in may_be_empty:
@@ -86,6 +117,16 @@ class Roles:
             if extra.strip():
                 values["prompt"] += f"\n\n{extra}"
             yield Row(values, row.where)
+        if unseen and self.first is not None:
+            column = min(unseen)
+            raise SourceError(
+                f"no row from {self.first.where} on has the column {column!r}, which is mapped to {self.mapping[column]}; "
+                f"correct --map"
+            )
+
+
+def _named(columns: Mapping[str, str], role: str) -> str:
+    return f"the column {columns[role]!r}" if role in columns else "none"
 
 
 def _columns(row: Row) -> str:
@@ -110,11 +151,9 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _label(value: Any, where: str) -> str | int | float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (str, int, float))
-        or (isinstance(value, str) and not value.strip())
-    ):
+    if isinstance(value, bool):
+        return str(value)  # the names that pandas writes into a CSV file
+    if not isinstance(value, (str, int, float)) or (isinstance(value, str) and not value.strip()):
         raise SourceError(
             f"{where} is {_shown(value)}, expected a label (a name or a number); repair or remove the row"
         )

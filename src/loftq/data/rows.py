@@ -84,10 +84,11 @@ def _matching(pattern: Path) -> list[Path]:
 def _files_of(folder: Path, split: str) -> list[Path]:
     """The file of a split, or all its shards."""
     names = _SPLITS.get(split, (split,))
-    found = [f for n in names for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.stem == n]
+    readable = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES]
+    found = [f for f in readable if (m[1] if (m := _SHARD.fullmatch(f.name)) else f.stem) in names]
     if not found:
         # `valid.unk.txt`, `test1000.jsonl`: more than the split's name, but nothing else begins with it
-        found = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES and f.name.startswith(names)]
+        found = [f for f in readable if f.name.startswith(names)]
     if not found:
         here = ", ".join(f.name for f in sorted(folder.iterdir()) if f.is_file()) or "no files"
         raise SourceError(
@@ -99,11 +100,11 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         if missing:
             raise SourceError(f"{folder} lacks {missing} of the files of which {found[0].name} is one; complete them")
         return found
-    if len(found) > 1 and found[0].stem not in names:
+    if len(found) > 1:
         raise SourceError(
             f"{folder} has {found[0].name} and {found[1].name} for the split {split!r}, expected one; name the file itself"
         )
-    return found[:1]
+    return found
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Row]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.config import is_number, positive_int
+from loftq.data.chat import turn_ends
 from loftq.data.prepare import positions
 from loftq.errors import ConfigError
 from loftq.evaluate.models import eval_mode
@@ -47,9 +48,13 @@ def generate_texts(
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
     max_prompt_tokens: int | None = None,
+    chat: bool = False,
     advance: Advance = _silent,
 ) -> list[str]:
     """One text a prompt: a decoder's continuation without the prompt, or what an encoder-decoder makes of it.
+
+    A text ends with any token that training or the model's makers end one with: the tokenizer's end-of-text token, those of
+    ``generation_config``, and in a chat the end of the assistant's turn.
 
     Args:
         model: with a ``generate`` of transformers; set to eval mode for the duration.
@@ -59,6 +64,7 @@ def generate_texts(
         stop: a text ends before the first of these strings.
         max_prompt_tokens: a longer prompt loses its first tokens for a decoder, whose question or instruction comes last,
             and its last for an encoder-decoder; a text keeps its special tokens.
+        chat: the prompts are in the tokenizer's chat template, as :func:`chat_prompt` makes them.
 
     Raises:
         ConfigError: for an empty prompt, options that contradict one another, or more tokens than the model has positions.
@@ -71,6 +77,7 @@ def generate_texts(
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = generate_ids(
         model,
         ids,
@@ -82,6 +89,7 @@ def generate_texts(
         top_k=top_k,
         seed=seed,
         pad_token_id=tokenizer.pad_token_id,
+        ends=[*ends, *(turn_ends(tokenizer) if chat else ())],
         finished=(lambda tokens: any(s in decode(tokens) for s in stops)) if stops else None,
         advance=advance,
     )
@@ -100,10 +108,11 @@ def generate_ids(
     top_k: int = 0,
     seed: int = 0,
     pad_token_id: int | None = None,
+    ends: Sequence[int] = (),
     finished: Callable[[list[int]], bool] | None = None,
     advance: Advance = _silent,
 ) -> list[list[int]]:
-    """The new token ids of each prompt, without the prompt and without the end-of-text token and what follows it.
+    """The new token ids of each prompt, without the prompt and without the token that ends it and what follows.
 
     Args:
         model: with a ``generate`` of transformers; set to eval mode for the duration.
@@ -115,6 +124,7 @@ def generate_ids(
         top_p: draw from the likeliest tokens that together have this probability. top_k: draw from this many; 0 is all.
         seed: of the drawing, which leaves torch's own state alone. What is drawn depends on ``batch_size``.
         pad_token_id: for the masked places; by default the model's padding or end token, or 0.
+        ends: ids that end a continuation, beside those of the model's ``generation_config``.
         finished: ends a continuation where it is true of its token ids, the last of which are kept; padding may follow.
         advance: called with ``"texts"`` and the number of finished prompts.
 
@@ -123,9 +133,9 @@ def generate_ids(
     """
     positive_int("batch_size", batch_size)
     encoder_decoder = _is_encoder_decoder(model)
-    config = _decoding(model, max_new_tokens, num_beams, temperature, top_p, top_k, pad_token_id)
+    config = _decoding(model, max_new_tokens, num_beams, temperature, top_p, top_k, pad_token_id, ends)
     _check_lengths(model, prompts, max_new_tokens)
-    ends = _ends(config)
+    ends = config.eos_token_id or ()
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
@@ -197,6 +207,7 @@ def _decoding(
     top_p: float,
     top_k: int,
     pad_token_id: int | None,
+    ends: Sequence[int],
 ) -> GenerationConfig:
     positive_int("max_new_tokens", max_new_tokens)
     positive_int("num_beams", num_beams)
@@ -221,18 +232,15 @@ def _decoding(
     config.temperature, config.top_p, config.top_k = sampling
     if num_beams == 1:
         config.early_stopping, config.length_penalty = False, 1.0
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = [e for e in dict.fromkeys([*known, *ends]) if e is not None] or None
     if pad_token_id is not None:
         config.pad_token_id = pad_token_id
     elif config.pad_token_id is None:
-        config.pad_token_id = next(iter(_ends(config)), 0)
+        config.pad_token_id = next(iter(config.eos_token_id or ()), 0)
     if config.pad_token_id >= getattr(model.config, "vocab_size", math.inf):
         config.pad_token_id = 0  # a tokenizer's own padding token, which the model has no embedding of; any will do
     return config
-
-
-def _ends(config: GenerationConfig) -> list[int]:
-    ends = config.eos_token_id
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def _check_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -261,6 +261,7 @@ class _Run:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             num_beams=self.num_beams,
+            chat=self.examples.task == "chat",
             advance=lambda what, count: self.advance("texts", count),
         )
 

@@ -41,7 +41,7 @@ def read_text(name: str) -> str:
         shown = name if len(name) <= 80 else f"{name[:79]}…"
         raise SourceError(f"text {shown!r} is no file, expected a UTF-8 text file or {BUILTIN!r} for the built-in text")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 at byte {error.start}; convert it first") from None
     except OSError as error:

@@ -44,7 +44,7 @@ def evaluate_task(
         rouge_stem: ROUGE compares Porter's stems of words; ``None`` for the run's, or yes.
 
     Returns:
-        The measurement, what it was taken on, and a sentence for each thing that happened to rows.
+        The measurement, what it was taken on, and a sentence for each thing that happened to rows, or was trained on.
 
     Raises:
         SourceError: a model or data that cannot be used. ConfigError: settings that do not fit.
@@ -57,6 +57,7 @@ def evaluate_task(
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     labels: list[str] | None = None
+    notes: list[str] = []
     check_exists(model, revision)
     refuse_start_of_no_run(model, init_from)
     if is_run(model):
@@ -71,6 +72,7 @@ def evaluate_task(
         usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
         usual["rouge_stem"] = trained.rouge_stem
         usual["batch_size"] = trained.eval_batch_size or trained.batch_size
+        notes = [f"{n}; name other data with --data" for n in settings.notice_of_training_on(trained.data)]
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
@@ -92,7 +94,7 @@ def evaluate_task(
             advance=advance,
             **{**usual, **given},
         )
-    return result, settings, examples.notes()
+    return result, settings, [*examples.notes(), *notes]
 
 
 def _settings_of(run: str, record: TrainingRecord, changes: Mapping[str, Any]) -> DataSettings:
@@ -108,7 +110,11 @@ def _settings_of(run: str, record: TrainingRecord, changes: Mapping[str, Any]) -
         )
     if record.train_settings.eval_data is None and "data" not in changes:
         raise ConfigError("the run had nothing to measure on; say what with --data")
-    changes = {"limit": None, **changes} if "data" in changes else dict(changes)
+    changes = dict(changes)
+    if "data" in changes:
+        # a file has no split that other data could be asked for, and that of the training is not for measuring
+        kept = {} if trained.eval_data is not None and not known.is_file else {"split": "validation"}
+        changes = {"limit": None, **kept, **changes}
     return known.replace(**changes).to_measure()
 
 

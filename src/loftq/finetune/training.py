@@ -77,11 +77,9 @@ class Training:
             held, _ = prepare(settings.eval_data.to_measure(), self.tokenizer, config, labels=labels)
             check_classes(self.metrics, labels)
         notes = [*examples.notes(), *(held.notes() if held else [])]
-        if settings.eval_data is not None and settings.eval_data.is_of_rows_of(settings.data):
-            notes.append(
-                f"{settings.eval_data.data} is both trained and measured on, so the metrics do not say how the model does on "
-                f"new rows; name other data with --eval-data"
-            )
+        if settings.eval_data is not None:
+            said = settings.eval_data.notice_of_training_on(settings.data)
+            notes += [f"{notice}; name other data with --eval-data" for notice in said]
         for note in notes:
             self.notice(note)
         model, heads = build(self.start, settings, labels)
