@@ -72,7 +72,10 @@ def evaluate_task(
         usual = {"max_new_tokens": trained.max_new_tokens, "num_beams": trained.num_beams}
         usual["rouge_stem"] = trained.rouge_stem
         usual["batch_size"] = trained.eval_batch_size or trained.batch_size
-        notes = [f"{n}; name other data with --data" for n in settings.notice_of_training_on(trained.data)]
+        notes = [
+            f"{n}; name other data with --data"
+            for n in settings.notice_of_training_on(record.located(model, trained.data))
+        ]
     else:
         if "task" not in changes or "data" not in changes:
             raise ConfigError(f"{model} is no run of `loftq train`, expected --task and --data to measure it on")
@@ -113,7 +116,7 @@ def _settings_of(run: str, record: TrainingRecord, changes: Mapping[str, Any]) -
     changes = dict(changes)
     if "data" in changes:
         # a file has no split that other data could be asked for, and that of the training is not for measuring
-        kept = {} if trained.eval_data is not None and not known.is_file else {"split": "validation"}
+        kept = {} if record.train_settings.eval_data is not None and not known.is_file else {"split": "validation"}
         changes = {"limit": None, **kept, **changes}
     return known.replace(**changes).to_measure()
 

@@ -66,8 +66,11 @@ class TrainingRecord:
 
     def data_settings(self, folder: str | Path) -> DataSettings:
         """What the run in ``folder`` was measured on, or else trained on, by a name that leads there from here."""
-        used = self.train_settings.eval_data or self.train_settings.data
-        return used.replace(data=locate(Path(folder), used.data, self.places))
+        return self.located(folder, self.train_settings.eval_data or self.train_settings.data)
+
+    def located(self, folder: str | Path, data: DataSettings) -> DataSettings:
+        """Data of the run in ``folder``, by a name that leads there from here."""
+        return data.replace(data=locate(Path(folder), data.data, self.places))
 
     def to_dict(self) -> dict[str, Any]:
         return _without_nan(asdict(self))
