@@ -183,7 +183,7 @@ PREDICTIONS = {
 def test_predictions_are_refused_before_the_model_is_measured(llama, said, monkeypatch, file, sentence):
     write({"a.jsonl": ROWS, "taken": "x", "folder/x": "x"})
     monkeypatch.setattr("loftq.finetune.measure.measure", lambda *arguments, **options: pytest.fail("measured"))
-    code, text = said("evaluate", llama, *PAIRS, "--predictions", file)
+    code, text = said("evaluate", llama, *PAIRS, "--metrics", "exact_match", "--predictions", file)
     assert code == 2
     assert sentence in text
 
