@@ -207,7 +207,9 @@ def test_mistakes_get_one_sentence(arguments, message, stories_dir, tmp_path, mo
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.count("loftq: ") == 1
+    *notes, last = error.splitlines()
+    assert message in last
+    assert all(note.startswith("loftq: calibration text ") for note in notes), "of a short text, before the mistake"
     assert "Traceback" not in error
     assert not (tmp_path / "o").exists()
 

@@ -212,7 +212,7 @@ def test_mistakes(monkeypatch, capsys, tmp_path):
     with pytest.raises(ConfigError, match="repeats"):
         Bench((), Options(repeats=0))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="file is a file, expected a folder"):
         Bench((), QUICK).save(tmp_path / "file" / "bench.json")
     monkeypatch.setattr(sys, "argv", ["loftq", "bench", "speed"])
     with pytest.raises(SystemExit) as stop:

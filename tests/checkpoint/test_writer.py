@@ -102,7 +102,7 @@ def test_unfinished_folder_that_is_someone_elses(source):
     ("out", "message"),
     [
         ("file", "file is a file, expected a folder"),
-        ("file/out", "Not a directory"),
+        ("file/out", "file is a file, expected a folder"),
         ("taken", "File exists"),
         ("loop", "cannot write to"),
         ("x" * 250, "File name too long"),

@@ -47,20 +47,9 @@ STRAYS = [
     *((TRAIN, option, LORA) for option in ("--rank 4", "--lora-alpha 4", "--target-modules q_proj", "--use-rslora")),
     *((BARE, f"--method full {option}", LORA) for option in ("--rank 4", "--target-modules q_proj")),
     (BARE, "--method full --lora-dropout 0.1", "is for methods with an adapter"),
+    (TRAIN, "--eval-limit 3", "is for evaluation data (--eval-data or --eval-split)"),
     *(
-        (TRAIN, option, "is for evaluation data (--eval-data or --eval-split)")
-        for option in (
-            "--eval-limit 3",
-            "--eval-batch-size 3",
-            "--metrics exact_match",
-            "--max-new-tokens 3",
-            "--num-beams 2",
-            "--no-rouge-stem",
-        )
-    ),
-    *(
-        ([*command, *more], option, sentence)
-        for command, more in ((TRAIN, ["--eval-data", "a.jsonl"]), (TASK, []))
+        (TASK, option, sentence)
         for option, sentence in (
             ("--max-new-tokens 3", "is for metrics of written texts"),
             ("--num-beams 2", "is for metrics of written texts"),

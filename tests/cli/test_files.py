@@ -43,7 +43,7 @@ WRITERS = {
 PLACES = {
     "the current folder": (".", " is a folder, expected a file for "),
     "a folder": ("folder", "folder is a folder, expected a file for "),
-    "below a file": ("file/name", "cannot write to file/name: "),
+    "below a file": ("file/name", "file is a file, expected a folder; choose another name"),
 }
 
 

@@ -87,5 +87,5 @@ def test_missing_and_unwritable(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(SourceError, match="cannot be read"):
         read_predictions(tmp_path / "bytes")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="bytes is a file, expected a folder"):
         write_predictions(tmp_path / "bytes" / "p.jsonl", ROWS)

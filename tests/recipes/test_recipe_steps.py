@@ -266,6 +266,31 @@ def test_train_commands_mean_what_the_steps_do(name, monkeypatch):
         )
 
 
+class Measured(Exception):
+    """Instead of measuring."""
+
+
+@pytest.mark.parametrize("name", list_recipes("*/*-r*"))
+def test_evaluate_commands_mean_what_the_steps_do(name, monkeypatch):
+    import loftq.finetune.measure
+
+    def measured(model, changes, metrics, **options):
+        raise Measured(model, changes, metrics, options)
+
+    monkeypatch.setattr(loftq.finetune.measure, "evaluate_task", measured)
+    monkeypatch.setattr("loftq.checkpoint.writer.check_file", lambda *where: None)
+    for step in steps(name):
+        if step.kind != EVALUATE:
+            continue
+        with pytest.raises(Measured) as given:
+            app(shlex.split(step.command)[1:], standalone_mode=False)
+        model, changes, metrics, options = given.value.args
+        expected = step.arguments
+        assert (model, list(metrics)) == (expected["run"], expected["metrics"])
+        assert DataSettings(**changes) == DataSettings.from_dict(expected["data"])
+        assert {k: v for k, v in options.items() if k in expected["options"]} == expected["options"]
+
+
 def test_the_lines_of_a_text_are_joined():
     found = steps("wikitext2/llama2-7b-nf2-r64", methods=("loftq",))
     assert [step.kind for step in found if "--join-rows" in step.command] == [TRAIN, EVALUATE]

@@ -72,7 +72,6 @@ _FINE_TUNING = (
     "seeds",
 )
 _OF_DATA = ("split", "map", "labels", "metrics", "max_length", "max_new_tokens", "num_beams", "rouge_stem")
-_OF_MEASURED = ("eval_limit", "eval_batch_size", "metrics", "max_new_tokens", "num_beams", "rouge_stem")
 _OF_RECIPE = ("dry_run", "out", "methods", "seeds", "model", "revision", "local", "file", "limit", "change")
 
 OF_METRICS: dict[str, tuple[str, ...]] = {
@@ -81,7 +80,7 @@ OF_METRICS: dict[str, tuple[str, ...]] = {
     "rouge_stem": (ROUGE,),
     "predictions": (PREDICTED,),
 }
-"""Option -> what some of the chosen metrics must be of, where the data of a task are measured on."""
+"""Option of ``evaluate`` -> what some of the chosen metrics must be of. A run keeps its own for what is measured later."""
 
 COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
     "inspect": {
@@ -95,7 +94,7 @@ COUNTS: dict[str, dict[str, tuple[str, ...]]] = {
         **_OF_TASKS,
         **dict.fromkeys(("rank", "lora_alpha", "target_modules", "use_rslora"), (NEW_ADAPTER,)),
         "lora_dropout": (ADAPTER,),
-        **dict.fromkeys(_OF_MEASURED, (MEASURED,)),
+        "eval_limit": (MEASURED,),
     },
     "evaluate": {
         **dict.fromkeys(("window", "stride", "max_tokens"), (TEXT,)),
@@ -139,7 +138,7 @@ def refuse_unmeasured(context: typer.Context, task: str, metrics: Sequence[str])
     uses = [WRITTEN] if writes_texts(task, chosen) else []
     uses += [PREDICTED] if makes_predictions(task, chosen) else []
     uses += [ROUGE] if set(chosen) & set(rouge.ROUGE) else []
-    _refuse(context, {n: p for n, p in OF_METRICS.items() if n in context.params}, uses)
+    _refuse(context, OF_METRICS, uses)
 
 
 def _refuse(context: typer.Context, places_of: Mapping[str, tuple[str, ...]], uses: Sequence[str]) -> None:

@@ -143,8 +143,6 @@ def train(
         seed=seed,
     )
     quiet_transformers()
-    if held is not None:
-        counts.refuse_unmeasured(context, task, settings.metric_names)
     from loftq.finetune import processes, run
 
     record = run.train(

@@ -12,7 +12,6 @@ from loftq.checkpoint.source import read_config
 from loftq.config import LoftQConfig
 from loftq.data.prepare import DataSettings, positions
 from loftq.errors import ConfigError
-from loftq.evaluate.task import GENERATED
 from loftq.finetune.settings import TrainSettings
 from loftq.recipes.recipe import Recipe
 from loftq.recipes.steps import EVALUATE, QUANTIZE, TRAIN, Options, Step, plan_steps
@@ -97,8 +96,8 @@ def check_lengths(recipe: Recipe, options: Options, steps: Iterable[Step]) -> No
         if step.kind == QUANTIZE:
             continue
         DataSettings.from_dict(given["settings"]["data"] if step.kind == TRAIN else given["data"]).length(config)
-        new = given["options"]["max_new_tokens"] if step.kind == EVALUATE else 0
-        if set(recipe.metrics) & set(GENERATED) and limit is not None and new > limit:
+        new = given["options"].get("max_new_tokens", 0) if step.kind == EVALUATE else 0
+        if limit is not None and new > limit:
             raise ConfigError(
                 f"max_new_tokens is {new}, but the model has {limit} positions; lower it with --set training.max_new_tokens=N"
             )

@@ -64,7 +64,7 @@ def run_step(step: Step, progress: bool = True) -> Mapping[str, Any]:
     result, _, _ = evaluate_task(
         given["run"], _given(given["data"]), given["metrics"], progress=progress, **given["options"]
     )
-    if result.predictions:
+    if given["predictions"] is not None:
         write_predictions(given["predictions"], result.predictions)
     rouge = {} if result.rouge is None else {"rouge": result.rouge}
     return {**result.metrics, "examples": result.examples, **rouge}

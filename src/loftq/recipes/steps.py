@@ -14,6 +14,7 @@ from typing import Any
 from loftq.config import METHODS, PUBLISHED, LoftQConfig, positive_int
 from loftq.data.prepare import DataSettings
 from loftq.errors import ConfigError
+from loftq.evaluate.task import makes_predictions, writes_texts
 from loftq.finetune.settings import TrainSettings
 from loftq.recipes.local import LocalSplit
 from loftq.recipes.recipe import REFERENCES, RUNNABLE, Recipe
@@ -73,7 +74,7 @@ class Step:
             :class:`loftq.LoftQConfig`). ``train``: ``out``, ``init_from`` or ``model``, ``revision``, ``settings`` (fields
             of :class:`loftq.finetune.settings.TrainSettings`). ``evaluate``: ``run``, ``data`` (fields of
             :class:`loftq.data.prepare.DataSettings`), ``metrics``, ``options`` (batch size and decoding),
-            ``predictions`` (a file; none is written where there are only likelihoods of texts).
+            ``predictions`` (a file, or ``None`` where there are only likelihoods of texts).
     """
 
     kind: str
@@ -104,7 +105,7 @@ class Step:
         else:
             words = [given["run"], *_data_options(given["data"])]
             words += ["--metrics", ",".join(given["metrics"]), *_changed(given["options"], {})]
-            words += ["--predictions", given["predictions"]]
+            words += ["--predictions", given["predictions"]] if given["predictions"] else []
         return shlex.join(["loftq", self.kind, *map(str, words)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,11 +140,9 @@ def _steps_of(recipe: Recipe, options: Options, method: str) -> Iterator[Step]:
         config = recipe.loftq_config(method).to_dict()
         yield Step(QUANTIZE, method, 0, {"source": source, "revision": revision, "out": init_from, "config": config})
     training = dataclasses.asdict(recipe.training)
-    measuring = {
-        "batch_size": training["batch_size"],
-        "max_new_tokens": training["max_new_tokens"] or 256,
-        "num_beams": training["num_beams"],
-    }
+    measuring = {"batch_size": training["batch_size"]}
+    if writes_texts(recipe.task, recipe.metrics):
+        measuring |= {"max_new_tokens": training["max_new_tokens"] or 256, "num_beams": training["num_beams"]}
     if any(name.startswith("rouge") for name in recipe.metrics):
         measuring["rouge_stem"] = training["rouge_stem"]
     for seed in options.seeds:
@@ -152,8 +151,14 @@ def _steps_of(recipe: Recipe, options: Options, method: str) -> Iterator[Step]:
         start = {"init_from": init_from, "model": model, "revision": revision if model else None}
         yield Step(TRAIN, method, seed, {"out": run, **start, "settings": settings})
         for name in recipe.data.evaluate:
-            arguments = {"run": run, "data": _data(recipe, options, name), "metrics": list(recipe.metrics)}
-            arguments |= {"options": measuring, "predictions": f"{run}/predictions-{_file_part(name)}.jsonl"}
+            arguments: dict[str, Any] = {
+                "run": run,
+                "data": _data(recipe, options, name),
+                "metrics": list(recipe.metrics),
+            }
+            written = makes_predictions(recipe.task, recipe.metrics)
+            file = f"{run}/predictions-{_file_part(name)}.jsonl" if written else None
+            arguments |= {"options": measuring, "predictions": file}
             yield Step(EVALUATE, method, seed, arguments, name)
 
 
