@@ -26,9 +26,15 @@ def quantize(
             "--iters", "--iter", help="Alternations T; 0 fits no adapter. QLoRA is `--method qlora --published`."
         ),
     ] = _DEFAULT.num_iter,
-    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="the rank")] = None,
-    use_rslora: Annotated[bool, typer.Option(help="Scale by alpha / sqrt(r).")] = False,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout that fine-tuning will use.")] = 0.0,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA alpha.", show_default="the rank", rich_help_panel=options.ADAPTER)
+    ] = None,
+    use_rslora: Annotated[
+        bool, typer.Option(help="Scale by alpha / sqrt(r).", rich_help_panel=options.ADAPTER)
+    ] = False,
+    lora_dropout: Annotated[
+        float, typer.Option(help="Dropout that fine-tuning will use.", rich_help_panel=options.ADAPTER)
+    ] = 0.0,
     method: Annotated[
         str | None,
         typer.Option(
@@ -41,6 +47,7 @@ def quantize(
         typer.Option(
             help="Text whose inputs decide which errors matter: a UTF-8 or JSONL file, a hub dataset, pydoc, or self.",
             show_default="pydoc for causal language models",
+            rich_help_panel=options.CALIBRATION,
         ),
     ] = None,
     calibration_samples: options.CalibrationSamples = 128,
@@ -49,11 +56,18 @@ def quantize(
     no_calibration: options.NoCalibration = False,
     statistics: options.Statistics = None,
     propagate: Annotated[
-        bool, typer.Option("--propagate", help="Calibrate each layer behind the quantized layers before it.")
+        bool,
+        typer.Option(
+            "--propagate",
+            help="Calibrate each layer behind the quantized layers before it.",
+            rich_help_panel=options.CALIBRATION,
+        ),
     ] = False,
     damping: options.Damping = None,
     plan: options.PlanFile = None,
-    svd: Annotated[str, typer.Option(help=f"Truncated SVD: {options.choices(SVDS)}.")] = _DEFAULT.svd,
+    svd: Annotated[
+        str, typer.Option(help=f"Truncated SVD: {options.choices(SVDS)}.", rich_help_panel=options.QUANTIZER)
+    ] = _DEFAULT.svd,
     codebook: options.Codebook = None,
     block_size: options.BlockSize = _DEFAULT.block_size,
     scale: options.Scale = None,
@@ -68,21 +82,29 @@ def quantize(
     quantize_embeddings: options.QuantizeEmbeddings = False,
     seed: options.Seed = 0,
     engine: Annotated[
-        str, typer.Option(help=f"Who computes: {options.choices(ENGINES)}, the workers of a Ray cluster.")
+        str,
+        typer.Option(
+            help=f"Who computes: {options.choices(ENGINES)}, the workers of a Ray cluster.",
+            rich_help_panel=options.RUNNING,
+        ),
     ] = "local",
     address: Annotated[
         str | None,
         typer.Option(
             help="Of the Ray cluster; auto for the one on this machine.",
             show_default="RAY_ADDRESS, or workers on this machine",
+            rich_help_panel=options.RUNNING,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Decompose matrices on: cpu, or cuda. Calibration runs on the CPU.")
+        str,
+        typer.Option(
+            help="Decompose matrices on: cpu, or cuda. Calibration runs on the CPU.", rich_help_panel=options.RUNNING
+        ),
     ] = "cpu",
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = True,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.", rich_help_panel=options.RUNNING)] = True,
     revision: options.Revision = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "50GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.", rich_help_panel=options.RUNNING)] = "50GB",
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Turn a checkpoint into a packed k-bit backbone and a PEFT adapter, one tensor at a time."""

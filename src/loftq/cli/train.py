@@ -37,15 +37,28 @@ def train(
     max_steps: options.MaxSteps = None,
     batch_size: options.BatchSize = 8,
     eval_batch_size: Annotated[
-        int | None, typer.Option(help="Examples at once when measuring.", show_default="--batch-size")
+        int | None,
+        typer.Option(
+            help="Examples at once when measuring.", show_default="--batch-size", rich_help_panel=options.MEASURING
+        ),
     ] = None,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Batches of a step.", rich_help_panel=options.TRAINING)
+    ] = 1,
     learning_rate: options.LearningRate = 1e-4,
-    schedule: Annotated[str, typer.Option(help="linear, cosine, constant.")] = "linear",
-    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    schedule: Annotated[
+        str, typer.Option(help="linear, cosine, constant.", rich_help_panel=options.TRAINING)
+    ] = "linear",
+    warmup_ratio: Annotated[
+        float, typer.Option(help="Share of the steps in which the rate rises.", rich_help_panel=options.TRAINING)
+    ] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.", rich_help_panel=options.TRAINING)] = 0.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Gradients are clipped to this norm.", rich_help_panel=options.TRAINING)
+    ] = 1.0,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=options.TRAINING)
+    ] = "auto",
     gradient_checkpointing: options.GradientCheckpointing = False,
     labels: options.Labels = None,
     max_length: options.MaxLength = None,
@@ -57,26 +70,60 @@ def train(
     limit: options.Limit = None,
     eval_limit: options.EvalLimit = None,
     eval_steps: Annotated[
-        int | None, typer.Option(help="Steps between measurements and checkpoints.", show_default="an epoch")
+        int | None,
+        typer.Option(
+            help="Steps between measurements and checkpoints.",
+            show_default="an epoch",
+            rich_help_panel=options.MEASURING,
+        ),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many measurements without improvement.", show_default="never")
+        int | None,
+        typer.Option(
+            help="Stop after so many measurements without improvement.",
+            show_default="never",
+            rich_help_panel=options.MEASURING,
+        ),
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="With commas; the first picks the checkpoint.", show_default="the task's")
+        str | None,
+        typer.Option(
+            help="With commas; the first picks the checkpoint.",
+            show_default="the task's",
+            rich_help_panel=options.MEASURING,
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text that a metric needs.")] = 256,
-    num_beams: Annotated[int, typer.Option(help="Beams of such a text.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a text that a metric needs.", rich_help_panel=options.MEASURING)
+    ] = 256,
+    num_beams: Annotated[int, typer.Option(help="Beams of such a text.", rich_help_panel=options.MEASURING)] = 1,
     rouge_stem: options.RougeStem = None,
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Of lora without a quantized folder.")] = 16,
-    lora_alpha: Annotated[float | None, typer.Option(help="Likewise.", show_default="the rank")] = None,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Likewise: scale by alpha / sqrt(r).")] = False,
-    target_modules: Annotated[list[str] | None, typer.Option(help="Likewise.", show_default="all-linear")] = None,
-    lora_dropout: Annotated[float | None, typer.Option(help="Dropout.", show_default="the quantized folder's")] = None,
-    use_dora: Annotated[bool, typer.Option("--use-dora", help="Learn magnitudes apart (DoRA).")] = False,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio, wandb.")] = "none",
+    rank: Annotated[
+        int, typer.Option("--rank", "-r", help="Of lora without a quantized folder.", rich_help_panel=options.ADAPTER)
+    ] = 16,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Likewise.", show_default="the rank", rich_help_panel=options.ADAPTER)
+    ] = None,
+    use_rslora: Annotated[
+        bool, typer.Option("--use-rslora", help="Likewise: scale by alpha / sqrt(r).", rich_help_panel=options.ADAPTER)
+    ] = False,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="Likewise.", show_default="all-linear", rich_help_panel=options.ADAPTER)
+    ] = None,
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(help="Dropout.", show_default="the quantized folder's", rich_help_panel=options.ADAPTER),
+    ] = None,
+    use_dora: Annotated[
+        bool, typer.Option("--use-dora", help="Learn magnitudes apart (DoRA).", rich_help_panel=options.ADAPTER)
+    ] = False,
+    report_to: Annotated[
+        str, typer.Option(help="none, tensorboard, trackio, wandb.", rich_help_panel=options.RUNNING)
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Of the data's order, dropout and new weights.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run.", rich_help_panel=options.RUNNING)
+    ] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Fine-tune the adapter of a quantized folder, or a baseline to compare with."""
