@@ -147,7 +147,7 @@ def run(
         loaded = merged(load_for_inference(folder))
         window = default_window(loaded, None)
         results["text"]["window"] = window
-        with bar(ids.numel() - 1, f"evaluating {label}:", "tokens") as advance:
+        with bar(ids.numel() - 1, f"evaluating {label}", "tokens") as advance:
             result = perplexity(loaded, ids, window=window, advance=advance)
         return result.perplexity, result.standard_error
 
