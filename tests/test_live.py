@@ -126,9 +126,11 @@ def test_saved_after_training_it_is_as_trained(folders, tmp_path):
     torch.testing.assert_close(first_output(merged, "llama"), after, rtol=0, atol=1e-4)
 
 
-def test_adapters_saved_later_name_the_folder(folders, tmp_path):
+def test_adapters_saved_later_name_the_folder(folders, tmp_path, monkeypatch):
+    """Wherever it is named from: a path from the root, as a run's."""
     live = in_memory(folders)
-    loftq.save(live, tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    loftq.save(live, "saved")
     live.save_pretrained(tmp_path / "adapter")
     assert config_of(tmp_path / "adapter")["base_model_name_or_path"] == str(tmp_path / "saved")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")

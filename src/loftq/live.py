@@ -145,7 +145,7 @@ def save(model: PeftModel, out_dir: str | Path) -> QuantizationReport:
     """
     from peft import get_peft_model_state_dict
 
-    out_dir = Path(os.path.expanduser(out_dir))
+    out_dir = Path(os.path.abspath(os.path.expanduser(out_dir)))  # by which its adapters find it from anywhere
     report = getattr(model, "loftq_report", None)
     if not isinstance(report, QuantizationReport):
         raise ConfigError(

@@ -92,6 +92,7 @@ def test_several_seeds(bert, letters_a_or_b, tmp_path):
     for seeds, expected in (
         ("0,0", "seeds is 0, 0, expected different ones"),
         ("a", "--seeds is 'a', expected integers"),
+        ("0,-1", "seed is -1"),
     ):
         with pytest.raises(ConfigError, match=expected):
             invoke(bert.parent / "source", "--out", tmp_path / "bad", *options, "--seeds", seeds)

@@ -108,7 +108,10 @@ def test_a_mapped_input_is_in_some_row():
     bare, full = {"prompt": "a", "completion": "b"}, {"prompt": "c", "context": "d", "completion": "e"}
     expected = [{"prompt": "a", "completion": "b"}, {"prompt": "c\n\nd", "completion": "e"}]
     assert applied("completion", bare, full, mapping={"context": "input"}) == expected
-    with pytest.raises(SourceError, match="no row from f, line 1 on has the column 'contxt', which is mapped to input"):
+    with pytest.raises(
+        SourceError,
+        match="none of the rows that were read, from f, line 1 on, has the column 'contxt', which is mapped to input",
+    ):
         applied("completion", bare, full, mapping={"contxt": "input"})
 
 

@@ -91,6 +91,16 @@ def test_a_folder_that_was_moved_alone_is_named(project, llama, tmp_path, monkey
         load_causal(str(llama), init_from="backbone")
 
 
+def test_a_run_on_full_precision_is_not_put_on_a_quantized_folder(llama, sums, tmp_path):
+    settings = TrainSettings(DataSettings("completion", sums), method="lora", max_steps=1)
+    train(tmp_path / "run", settings, init_from=llama, progress=False)
+    load_run(tmp_path / "run", init_from=llama.parent / "source")
+    with pytest.raises(
+        BackboneMismatchError, match=r"was trained on the full-precision .* is quantized; name that model's"
+    ):
+        load_run(tmp_path / "run", init_from=llama)
+
+
 def test_a_folder_with_another_backbone_is_passed_over(project, tmp_path, monkeypatch):
     """What lies at the name as typed may be another model of that name."""
     there = moved(project, tmp_path)

@@ -103,6 +103,17 @@ def test_a_recipe_of_ones_own(tmp_path):
     assert recipe.quantization == base.quantization
 
 
+def test_whose_numbers_a_recipe_has(tmp_path):
+    """The paper's are of its model and data set: another configuration is another data set, other columns are not."""
+    base = load_recipe("glue/mrpc-nf2-r16")
+    other = load_recipe(write(tmp_path, "rte", "extends: glue/mrpc-nf2-r16\ndata: {config: rte}"))
+    assert (other.published, other.seeds) == ({}, None)
+    same = load_recipe(write(tmp_path, "same", "extends: glue/mrpc-nf2-r16\ndata: {local: {train: [mine.tsv]}}"))
+    assert (same.published, same.seeds) == (base.published, base.seeds)
+    write(tmp_path, "mine", "extends: glue/mrpc-nf2-r16\ntraining: {epochs: 1}")
+    assert load_recipe(write(tmp_path, "more", "extends: mine\nmodel: my/model")).published == {}
+
+
 def test_a_chain_in_one_folder(tmp_path):
     write(tmp_path, "_a", "extends: squad/nf2-r16\nnotes: [a]\ntraining: {epochs: 1}")
     write(tmp_path, "b", "extends: _a\nnotes: [b]")

@@ -128,6 +128,12 @@ def test_lora_has_the_adapter_of_the_recipe():
             plan_steps(recipe, Options(Path("out"), methods=("lora",)))
 
 
+def test_a_gguf_file_has_no_config_to_check_lengths_by(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    recipe, options = load_recipe("gsm8k/llama2-7b-nf4-r64"), Options(Path("out"), model=str(tmp_path / "model.gguf"))
+    assert set(dry_run(recipe, options).modules.values()) == {None}
+
+
 def test_the_folder_may_be_below_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/mine")
     assert Options("~/rep").out == Path("/home/of/mine/rep")

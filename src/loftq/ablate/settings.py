@@ -74,6 +74,9 @@ class Ablation:
                 if self.train is not None
                 else f"seeds is {said}, but nothing is trained; give a task and its data too"
             )
+        if self.train is not None:
+            for seed in self.seeds:
+                self.train.replace(seed=seed)  # refuses what is no seed
         if self.train is not None and self.train.eval_data is None:
             raise ConfigError(
                 "the cells are to be trained, but there is nothing to measure them on; give eval data too"
@@ -117,6 +120,7 @@ class Ablation:
     def fingerprint(self, source: Source) -> dict[str, Any]:
         """What all cells of a folder have in common; values of factors may be added by a later command."""
         unused = {"sweep", "keep", "train", *(("max_tokens", "window") if self.text is None else ())}
+        unused |= set() if self.seeds else {"seeds"}
         names = [f.name for f in dataclasses.fields(self) if f.name not in unused]
         values: dict[str, Any] = {"kind": "ablation", **{name: getattr(self, name) for name in names}}
         values["fine_tuning"] = self.train is not None

@@ -174,7 +174,7 @@ RougeStem = Annotated[
 
 # models and runs
 InitFrom = Annotated[
-    Path | None, typer.Option(help="Where the folder is now that a run was trained on, if it was moved.")
+    Path | None, typer.Option(help="Where the model is now that a run was trained on, if it was moved.")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="Another adapter's folder; the fitted one by default.")]
 Window = Annotated[int | None, typer.Option(help="Tokens the model sees at once.", show_default="1024 or its limit")]

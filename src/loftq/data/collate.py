@@ -32,8 +32,8 @@ def writing_ids(model: Any, tokenizer: Any) -> None:
     """The tokens with which an encoder-decoder begins, fills and ends what it writes, where its config leaves them out.
 
     A model that ``EncoderDecoderModel`` puts together from two others has a config around theirs, and no such tokens in
-    it: the tokenizer's are taken. What the model says itself stays. T5Gemma makes its decoder's inputs with the tokens of
-    that half's config, where a model is to begin in training as it begins to write.
+    it: the tokenizer's are taken. What the model says itself comes first, and its decoder's half then says the same: T5Gemma
+    makes its decoder's inputs with the tokens of that half's config, and a model is to begin in training as it begins to write.
 
     Raises:
         ConfigError: neither the model nor the tokenizer has a token to begin with.

@@ -120,8 +120,8 @@ class Roles:
         if unseen and self.first is not None:
             column = min(unseen)
             raise SourceError(
-                f"no row from {self.first.where} on has the column {column!r}, which is mapped to {self.mapping[column]}; "
-                f"correct --map"
+                f"none of the rows that were read, from {self.first.where} on, has the column {column!r}, which is mapped to "
+                f"{self.mapping[column]}; correct --map"
             )
 
 

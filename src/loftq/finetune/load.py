@@ -114,12 +114,18 @@ def find_base(run: Path, record: TrainingRecord, init_from: str | Path | None = 
     and, for a quantized folder, holds the backbone with the recorded hash. ``init_from`` takes their place.
 
     Raises:
-        SourceError: there is none. BackboneMismatchError: the first one holds another backbone.
+        SourceError: there is none. BackboneMismatchError: the first one holds another backbone, or one at all where the run
+            was trained on full precision.
     """
     where = candidates(run, record.base, record.places) if init_from is None else [str(init_from)]
     if record.backbone_sha256 is None:
         if init_from is not None and not os.path.isdir(init_from):
             raise SourceError(f"--init-from is {init_from}, which does not exist here; expected a model's folder")
+        if init_from is not None and is_quantized(init_from):
+            raise BackboneMismatchError(
+                f"{run} was trained on the full-precision {record.base}, but {init_from} is quantized; name that model's "
+                f"folder with --init-from, or leave it out"
+            )
         return next((place for place in where if os.path.isdir(place)), record.base)  # of no folder, a hub id
     problems: list[LoftQError] = []
     for place in where:

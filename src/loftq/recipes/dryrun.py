@@ -70,6 +70,8 @@ def _config_folder(model: str, revision: str | None) -> Path | None:
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder
+    if folder.is_file():  # GGUF, which has no config.json
+        return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -98,7 +98,7 @@ def _extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not parent.is_file():
         raise ConfigError(f"{_shown(file)}: extends is {base!r}, but there is no file {_shown(parent)}; check the name")
     inherited = _extended(parent, (*above, file))
-    if _is_ours(parent) and not _is_ours(file) and _experiment({**inherited, **values}) != _experiment(inherited):
+    if not _is_ours(file) and _experiment(_merged(inherited, values)) != _experiment(inherited):
         inherited = {key: value for key, value in inherited.items() if key not in _FOUND}
     return _merged(inherited, values)
 
@@ -120,7 +120,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _experiment(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """Model and data set."""
     data = values.get("data")
-    return values.get("model"), data.get("id") if isinstance(data, Mapping) else data
+    return values.get("model"), (data.get("id"), data.get("config")) if isinstance(data, Mapping) else data
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
