@@ -67,20 +67,18 @@ class Ablation:
         for calibration in self.sweep.calibration:
             if calibration is not None and self.text is not None:
                 check_apart(calibration, self.text)
-        if self.seeds and (self.train is None or len(set(self.seeds)) < len(self.seeds)):
-            said = ", ".join(map(str, self.seeds))
-            raise ConfigError(
-                f"seeds is {said}, expected different ones; name each once"
-                if self.train is not None
-                else f"seeds is {said}, but nothing is trained; give a task and its data too"
-            )
+        said = ", ".join(map(str, self.seeds))
+        if self.seeds and self.train is None:
+            raise ConfigError(f"seeds is {said}, but nothing is trained; give a task and its data too")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds is {said}, expected different ones; name each once")
         if self.train is not None:
             for seed in self.seeds:
                 self.train.replace(seed=seed)  # refuses what is no seed
-        if self.train is not None and self.train.eval_data is None:
-            raise ConfigError(
-                "the cells are to be trained, but there is nothing to measure them on; give eval data too"
-            )
+            if self.train.eval_data is None:
+                raise ConfigError(
+                    "the cells are to be trained, but there is nothing to measure them on; give eval data too"
+                )
 
     def cells(self) -> dict[Factors, Factors]:
         """Asked for -> what is measured for it."""
@@ -120,7 +118,7 @@ class Ablation:
     def fingerprint(self, source: Source) -> dict[str, Any]:
         """What all cells of a folder have in common; values of factors may be added by a later command."""
         unused = {"sweep", "keep", "train", *(("max_tokens", "window") if self.text is None else ())}
-        unused |= set() if self.seeds else {"seeds"}
+        unused |= {"seeds"} if not self.seeds else set()  # a folder from before there were several goes on
         names = [f.name for f in dataclasses.fields(self) if f.name not in unused]
         values: dict[str, Any] = {"kind": "ablation", **{name: getattr(self, name) for name in names}}
         values["fine_tuning"] = self.train is not None

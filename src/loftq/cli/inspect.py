@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from loftq.report.memory.footprint import Footprint
 
 
-_BATCH = 8
-"""As `loftq train` has it."""
-
-
 def inspect(
     context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder that `loftq quantize` has written.")] = None,
@@ -101,10 +97,11 @@ def inspect(
         assert config is not None
         checked = {}
         footprint, model, settings, plans = _of_config(config, given, dtype)
+    from loftq.finetune.settings import TrainSettings
     from loftq.report.memory.training import LENGTH, TrainingSetup, position_limit, predict_methods
 
     setup = TrainingSetup(
-        batch_size=_BATCH if batch_size is None else batch_size,
+        batch_size=TrainSettings.batch_size if batch_size is None else batch_size,
         length=min(LENGTH, position_limit(model) or LENGTH) if length is None else length,
         dtype=dtype,
         checkpointing=gradient_checkpointing,

@@ -109,11 +109,10 @@ def _run_model(run: Path, folder: Path | None) -> tuple[Any, Any]:
         raise ConfigError(
             f"{run} was trained on the full-precision {record.base}, not on a quantized folder; use `loftq export {run}`"
         )
-    model = assemble(run, record, dtype="float32", init_from=folder)
+    base = find_base(run, record, folder)
     if record.backbone_sha256 is not None:
-        check_adapter(
-            Path(find_base(run, record, folder)), run
-        )  # reads the weights, where a report alone may be out of date
+        check_adapter(Path(base), run)  # reads the weights, where a report alone may be out of date
+    model = assemble(run, record, dtype="float32", init_from=folder)
     tokenizer = tokenizer_for(str(run), settings.data, settings.eval_data)
     padding_id(model, tokenizer)  # what training sets in the config, in its order
     if settings.data.task == "summarization":
